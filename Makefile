@@ -1,0 +1,59 @@
+# make test        lint and every test that needs no GPU
+# make demo        trains the example language model
+# make gpu-check   on a machine with an NVIDIA GPU: the GPU's tests, then the record of its results
+# make gpu-status  says whether the record is of the sources as they are: fresh, or stale
+#
+# PYTHON=...       makes .venv with this Python; otherwise the newest found, 3.11 at least
+# PYTHON_ENV=...   a python that has jax_sage, its test and example requirements and JAX for CUDA:
+#                  gpu-check runs with it and installs nothing
+
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+# .venv has the package in editable form: a change to its Python files needs no installation, which
+# would compile every kernel again. scikit-build-core's import hook finds those files and the compiled
+# module together. That the wheel holds all of them is a test (tests/test_packaging.py).
+# Where the package is installed for good (PYTHON_ENV), the current folder must not be on sys.path:
+# it has a jax_sage/ without the compiled module.
+export PYTHONSAFEPATH := 1
+
+.PHONY: test lint demo gpu-check gpu-status have-gpu
+
+SOURCES := pyproject.toml CMakeLists.txt $(shell find cuda -type f -not -path '*/__pycache__/*')
+JAX_FOR_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 'jax[cuda13]')
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or later was found; install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "make: $(PYTHON) cannot make a virtual environment (on Debian: apt install python3-venv)" >&2; exit 1; }
+
+# A stamp is younger than everything that its installation was made of.
+.venv/test.stamp: EXTRAS = dev,examples
+.venv/demo.stamp: EXTRAS = examples
+.venv/%.stamp: .venv/bin/python $(SOURCES)
+	@echo "Installing .[$(EXTRAS)] $(JAX_FOR_GPU) into .venv (log: .venv/install.log)"
+	@.venv/bin/python -m pip install -v -e '.[$(EXTRAS)]' $(JAX_FOR_GPU) >.venv/install.log 2>&1 \
+	  || { cat .venv/install.log; exit 1; }
+	@grep -m 1 'jax_sage: .* build' .venv/install.log
+	@touch $@
+
+lint: .venv/test.stamp
+	.venv/bin/python -m ruff check
+	.venv/bin/python -m mypy
+
+test: lint
+	@state=$$(.venv/bin/python jax_sage/record.py status); case "$$state" in fresh*) ;; \
+	  *) echo "warning: the GPU record is $$state; renew it by make gpu-check on a machine with a GPU" ;; esac
+	.venv/bin/python -m pytest tests -m "not gpu" -n 2
+
+demo: .venv/demo.stamp
+	.venv/bin/python examples/language_model.py
+
+have-gpu:
+	@nvidia-smi -L || { echo "make: gpu-check needs an NVIDIA GPU, and nvidia-smi shows none" >&2; exit 1; }
+
+gpu-check: have-gpu $(if $(PYTHON_ENV),,.venv/test.stamp)
+	$(or $(PYTHON_ENV),.venv/bin/python) -m pytest tests -m gpu
+	$(or $(PYTHON_ENV),.venv/bin/python) -m jax_sage.record check
+
+gpu-status:
+	@$(PYTHON) jax_sage/record.py status

@@ -1,0 +1,200 @@
+#include "checks.h"
+
+#include <cmath>
+#include <initializer_list>
+#include <sstream>
+
+#include "common/layout.h"
+#include "quantize/quantize.h"
+
+namespace jax_sage {
+namespace {
+
+// The kernels hold lengths and head counts in 32 bits, and round lengths up.
+constexpr int64_t kMaxLength = (int64_t{1} << 31) - 2 * kBlockQ;
+
+int64_t RoundUp(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+std::string ToString(const std::vector<int64_t>& dims) {
+  std::ostringstream out;
+  out << "[";
+  for (size_t i = 0; i < dims.size(); ++i) out << (i ? ", " : "") << dims[i];
+  out << "]";
+  return out.str();
+}
+
+// Collects the first thing that is wrong.
+class Checker {
+ public:
+  explicit Checker(const char* call) : call_(call) {}
+
+  bool Ok() const { return message_.empty(); }
+  const std::string& message() const { return message_; }
+
+  void Fail(const std::string& what) {
+    if (message_.empty()) message_ = std::string("jax_sage: ") + call_ + ": " + what;
+  }
+  void Require(bool condition, const std::string& what) {
+    if (!condition) Fail(what);
+  }
+  void Count(const char* kind, size_t given, size_t expected) {
+    Require(given == expected, std::to_string(given) + " " + kind + ", expected " +
+                                   std::to_string(expected));
+  }
+  void Is(const char* name, const Buffer& buffer, const std::string& dtype,
+          const std::vector<int64_t>& dims) {
+    Require(buffer.dtype == dtype && buffer.dims == dims,
+            std::string(name) + " is " + buffer.dtype + ToString(buffer.dims) + ", expected " +
+                dtype + ToString(dims));
+  }
+  double Attribute(const Attrs& attrs, const char* name) {
+    const auto found = attrs.find(name);
+    if (found == attrs.end()) {
+      Fail(std::string("attribute ") + name + " is missing");
+      return 0;
+    }
+    return found->second;
+  }
+  void Flag(const Attrs& attrs, const char* name) {
+    const double value = Attribute(attrs, name);
+    Require(value == 0 || value == 1, std::string("attribute ") + name + " must be 0 or 1");
+  }
+
+ private:
+  const char* call_;
+  std::string message_;
+};
+
+bool IsInput(const std::string& dtype) {
+  return dtype == "F16" || dtype == "BF16" || dtype == "F32";
+}
+
+// Reads [*B, length, heads, head_dim].
+void ReadTokens(Checker& check, const char* name, const Buffer& buffer, int64_t& batch,
+                int64_t& length, int64_t& heads, int64_t& head_dim) {
+  check.Require(IsInput(buffer.dtype), std::string(name) + " is " + buffer.dtype +
+                                           ", expected F16, BF16 or F32");
+  check.Require(buffer.dims.size() >= 3, std::string(name) + " has rank " +
+                                             std::to_string(buffer.dims.size()) +
+                                             ", expected at least 3");
+  if (!check.Ok()) return;
+  const size_t lead = buffer.dims.size() - 3;
+  batch = 1;
+  for (size_t i = 0; i < lead; ++i) batch *= buffer.dims[i];
+  length = buffer.dims[lead];
+  heads = buffer.dims[lead + 1];
+  head_dim = buffer.dims[lead + 2];
+  for (int64_t dim : buffer.dims) {
+    check.Require(dim >= 1 && dim <= kMaxLength,
+                  std::string(name) + ToString(buffer.dims) + " has a dimension out of range");
+  }
+}
+
+// Padded sizes follow from the others.
+void Pad(Sizes& s) {
+  s.padded_q = RoundUp(s.length_q, kBlockQ);
+  s.padded_kv = RoundUp(s.length_kv, kBlockKv);
+  s.padded_head_dim = s.head_dim <= 64 ? 64 : 128;
+}
+
+// The nine buffers that pass from quantization to attention.
+void CheckQuantized(Checker& check, const std::vector<Buffer>& b, Sizes& s) {
+  s.fp8_value = b[5].dtype == "F8E4M3FN";
+  const int64_t hp = s.padded_head_dim;
+  check.Is("q", b[0], "S8", {s.batch, s.heads, s.padded_q, hp});
+  check.Is("q_scale", b[1], "F32", {s.batch, s.heads, s.padded_q});
+  check.Is("q_dot_mean", b[2], "F32", {s.batch, s.heads, s.padded_q});
+  check.Is("k", b[3], "S8", {s.batch, s.kv_heads, s.padded_kv, hp});
+  check.Is("k_scale", b[4], "F32",
+           {s.batch, s.kv_heads, s.padded_kv / kBlockKv, kKeyScales});
+  if (s.fp8_value) {
+    check.Is("v", b[5], "F8E4M3FN", {s.batch, s.kv_heads, hp, s.padded_kv});
+  } else {
+    check.Is("v", b[5], "F16", {s.batch, s.kv_heads, s.padded_kv, hp});
+  }
+  check.Is("channels", b[6], "F32", {s.batch, s.kv_heads, kChannelRows, hp});
+  check.Is("first_bad", b[7], "S32", {s.batch, s.kv_heads, kBadRows, hp});
+  check.Is("value_code_sum", b[8], "U32", {s.batch, s.kv_heads, hp, 2});
+}
+
+void CheckHeads(Checker& check, const Sizes& s) {
+  check.Require(s.head_dim >= 1 && s.head_dim <= 128,
+                "head_dim is " + std::to_string(s.head_dim) + ", allowed: 1 to 128");
+  check.Require(s.kv_heads >= 1 && s.heads % s.kv_heads == 0,
+                std::to_string(s.heads) + " query heads are not a multiple of " +
+                    std::to_string(s.kv_heads) + " key/value heads");
+}
+
+}  // namespace
+
+std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buffer>& results,
+                          const Attrs& attrs, Sizes* sizes) {
+  Checker check("quantize");
+  check.Count("arguments", args.size(), 3);
+  check.Count("results", results.size(), 10);
+  if (!check.Ok()) return check.message();
+
+  Sizes s;
+  int64_t batch = 0;
+  ReadTokens(check, "query", args[0], s.batch, s.length_q, s.heads, s.head_dim);
+  int64_t head_dim = 0;
+  ReadTokens(check, "key", args[1], batch, s.length_kv, s.kv_heads, head_dim);
+  if (!check.Ok()) return check.message();
+  check.Require(batch == s.batch && head_dim == s.head_dim,
+                "key " + ToString(args[1].dims) + " does not fit query " + ToString(args[0].dims));
+  check.Is("key", args[1], args[0].dtype, args[1].dims);
+  check.Is("value", args[2], args[1].dtype, args[1].dims);
+  CheckHeads(check, s);
+  if (!check.Ok()) return check.message();
+
+  Pad(s);
+  CheckQuantized(check, results, s);
+  const Buffer& partials = results[9];
+  check.Require(partials.dims.size() == 5, "partials must have rank 5");
+  if (!check.Ok()) return check.message();
+  s.parts = partials.dims[2];
+  check.Is("partials", partials, "F32",
+           {s.batch, s.kv_heads, s.parts, kPartialRows, s.padded_head_dim});
+  check.Require(s.parts >= 1 && s.parts <= s.length_kv,
+                "partials cuts " + std::to_string(s.length_kv) + " keys into " +
+                    std::to_string(s.parts) + " parts");
+  check.Require(std::isfinite(check.Attribute(attrs, "scale_log2")),
+                "attribute scale_log2 is not finite");
+  check.Flag(attrs, "smooth_k");
+  check.Flag(attrs, "smooth_v");
+  if (check.Ok() && sizes != nullptr) *sizes = s;
+  return check.message();
+}
+
+std::string CheckAttention(const std::vector<Buffer>& args, const std::vector<Buffer>& results,
+                           const Attrs& attrs, Sizes* sizes) {
+  Checker check("attention");
+  check.Count("arguments", args.size(), 9);
+  check.Count("results", results.size(), 2);
+  if (!check.Ok()) return check.message();
+
+  Sizes s;
+  ReadTokens(check, "out", results[0], s.batch, s.length_q, s.heads, s.head_dim);
+  const double length_kv = check.Attribute(attrs, "length_kv");
+  check.Require(length_kv >= 1 && length_kv <= kMaxLength, "attribute length_kv is out of range");
+  check.Require(args[3].dims.size() == 4, "k must have rank 4");
+  if (!check.Ok()) return check.message();
+  s.length_kv = static_cast<int64_t>(length_kv);
+  s.kv_heads = args[3].dims[1];
+  CheckHeads(check, s);
+  if (!check.Ok()) return check.message();
+
+  Pad(s);
+  CheckQuantized(check, args, s);
+  std::vector<int64_t> lse_dims = results[0].dims;
+  lse_dims.pop_back();
+  check.Is("lse", results[1], "F32", lse_dims);
+  check.Flag(attrs, "is_causal");
+  const double accumulator = check.Attribute(attrs, "pv_accumulator");
+  check.Require(accumulator == 16 || accumulator == 32,
+                "attribute pv_accumulator must be 16 or 32");
+  if (check.Ok() && sizes != nullptr) *sizes = s;
+  return check.message();
+}
+
+}  // namespace jax_sage

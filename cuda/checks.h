@@ -1,0 +1,43 @@
+// Checks of the buffers and attributes of the custom calls. Apart from the XLA headers and from CUDA, so that
+// Python tests can call them on a machine without a GPU.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace jax_sage {
+
+struct Buffer {
+  std::string dtype;  // XLA's names: "F16", "BF16", "F32", "S8", "S32", "U32", "F8E4M3FN"
+  std::vector<int64_t> dims;
+};
+using Attrs = std::map<std::string, double>;
+
+// Dimensions of one call, from its buffers.
+struct Sizes {
+  int64_t batch = 0;  // product of the leading dimensions
+  int64_t length_q = 0, heads = 0, head_dim = 0;
+  int64_t length_kv = 0, kv_heads = 0;
+  int64_t padded_q = 0, padded_kv = 0, padded_head_dim = 0;
+  int64_t parts = 0;
+  bool fp8_value = false;
+};
+
+// An empty message means that the call is right; `sizes`, if given, is then filled.
+std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buffer>& results,
+                          const Attrs& attrs, Sizes* sizes);
+std::string CheckAttention(const std::vector<Buffer>& args, const std::vector<Buffer>& results,
+                           const Attrs& attrs, Sizes* sizes);
+
+inline std::string CheckQuantize(const std::vector<Buffer>& args,
+                                 const std::vector<Buffer>& results, const Attrs& attrs) {
+  return CheckQuantize(args, results, attrs, nullptr);
+}
+inline std::string CheckAttention(const std::vector<Buffer>& args,
+                                  const std::vector<Buffer>& results, const Attrs& attrs) {
+  return CheckAttention(args, results, attrs, nullptr);
+}
+
+}  // namespace jax_sage

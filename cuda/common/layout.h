@@ -1,0 +1,52 @@
+// Numbers that the quantization and the attention kernels agree on. They repeat
+// jax_sage/recipe.py and jax_sage/quantization.py, which say why they are what they are; a test
+// compares the two bit by bit.
+#pragma once
+
+#include <cstdint>
+
+namespace jax_sage {
+
+constexpr int kBlockQ = 128;  // queries are padded to a multiple of this
+constexpr int kBlockKv = 64;  // keys whose scales are computed together; also the key tile
+constexpr int kKeyScales = 4;  // per block of keys: one for the keys = {2j, 2j+1} mod 8
+
+constexpr float kPMax = 64.0f;
+constexpr float kLog2PMax = 6.0f;
+constexpr float kVMax = 3.75f;
+constexpr float kInt8Max = 127.0f;
+constexpr float kAbsmaxFloor = 0x1p-100f;
+constexpr float kMeanMax = 0x1p100f;
+constexpr int32_t kNever = 0x7fffffff;
+
+// Codes of V are summed as integers in units of the smallest FP16 number: the sum does not depend
+// on its order. 2^63 / (3.75 * 2^24) leaves room for 10^11 keys.
+constexpr float kCodeUnit = 0x1p-24f;
+
+// Rows of the `channels` buffer [B, K, kChannelRows, Hp].
+enum ChannelRow : int {
+  kKeyMean = 0,       // subtracted from K
+  kValueAverage = 1,  // mean of V; 0 without smoothing
+  kValueMean = 2,     // subtracted from V: the average rounded to bfloat16
+  kValueScale = 3,
+  kValueInverse = 4,  // 1 / scale, computed by its own division
+  kChannelRows = 5,
+};
+
+// Rows of the `first_bad` buffer [B, K, 2, Hp].
+enum BadRow : int { kBadKey = 0, kBadValue = 1, kBadRows = 2 };
+
+enum class DType : int { kF16, kBf16, kF32 };
+
+// FP8 V is stored transposed, [Hp, Sp], and permuted within each 16 keys: position 4t + 2h + e
+// holds key 8h + 2t + e. Thread t of a quad holds the keys {2t, 2t+1, 8+2t, 8+2t+1} of QK^T's
+// C fragments and needs the positions 4t..4t+3 of PV's A fragment: no exchange between threads.
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+constexpr int PermutedKey(int key) {
+  const int low = key & 15;
+  return (key & ~15) | (((low >> 1) & 3) << 2) | ((low >> 3) << 1) | (low & 1);
+}
+
+}  // namespace jax_sage

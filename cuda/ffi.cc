@@ -1,0 +1,210 @@
+// XLA FFI handlers: decode, check, launch. They keep no state, launch on XLA's stream only and
+// allocate nothing, so a CUDA graph may capture them (kCmdBufferCompatible).
+#include "ffi.h"
+
+#include <cuda_runtime_api.h>
+
+#include <string>
+#include <vector>
+
+#include "checks.h"
+#include "mma/attention.h"
+#include "quantize/quantize.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_sage {
+namespace {
+
+namespace ffi = xla::ffi;
+
+std::string DTypeName(ffi::DataType dtype) {
+  switch (dtype) {
+    case ffi::DataType::F16:
+      return "F16";
+    case ffi::DataType::BF16:
+      return "BF16";
+    case ffi::DataType::F32:
+      return "F32";
+    case ffi::DataType::S8:
+      return "S8";
+    case ffi::DataType::S32:
+      return "S32";
+    case ffi::DataType::U32:
+      return "U32";
+    case ffi::DataType::F8E4M3FN:
+      return "F8E4M3FN";
+    default:
+      return "dtype" + std::to_string(static_cast<int>(dtype));
+  }
+}
+
+// Of an input buffer that passed its check.
+DType InputType(const ffi::AnyBuffer& buffer) {
+  switch (buffer.element_type()) {
+    case ffi::DataType::F16:
+      return DType::kF16;
+    case ffi::DataType::BF16:
+      return DType::kBf16;
+    default:
+      return DType::kF32;
+  }
+}
+
+Buffer Describe(const ffi::AnyBuffer& buffer) {
+  const auto dims = buffer.dimensions();
+  return {DTypeName(buffer.element_type()), {dims.begin(), dims.end()}};
+}
+
+ffi::Error Invalid(const std::string& message) {
+  return ffi::Error(ffi::ErrorCode::kInvalidArgument, message);
+}
+
+ffi::Error FromCuda(const char* call, cudaError_t error) {
+  if (error == cudaSuccess) return ffi::Error::Success();
+  std::string message = std::string("jax_sage: ") + call + ": " + cudaGetErrorString(error);
+  if (error == cudaErrorNoKernelImageForDevice) {
+    message +=
+        " (this GPU's architecture is not in the build: python -m jax_sage lists those that are; "
+        "reinstall with JAX_SAGE_CUDA_ARCHS set to it)";
+  }
+  return ffi::Error(ffi::ErrorCode::kInternal, message);
+}
+
+template <class T>
+T* Data(ffi::AnyBuffer buffer) {
+  return static_cast<T*>(buffer.untyped_data());
+}
+
+ffi::Error QuantizeImpl(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key,
+                        ffi::AnyBuffer value, ffi::RemainingRets rets, float scale_log2,
+                        int64_t smooth_k, int64_t smooth_v) {
+  std::vector<ffi::AnyBuffer> out;
+  std::vector<Buffer> results;
+  for (size_t i = 0; i < rets.size(); ++i) {
+    auto ret = rets.get<ffi::AnyBuffer>(i);
+    if (!ret) return ret.error();
+    out.push_back(**ret);
+    results.push_back(Describe(out.back()));
+  }
+  Sizes sizes;
+  const std::string message =
+      CheckQuantize({Describe(query), Describe(key), Describe(value)}, results,
+                    {{"scale_log2", scale_log2},
+                     {"smooth_k", static_cast<double>(smooth_k)},
+                     {"smooth_v", static_cast<double>(smooth_v)}},
+                    &sizes);
+  if (!message.empty()) return Invalid(message);
+
+  QuantizeParams params{};
+  params.query = query.untyped_data();
+  params.key = key.untyped_data();
+  params.value = value.untyped_data();
+  params.type = InputType(query);
+  params.q = Data<int8_t>(out[0]);
+  params.q_scale = Data<float>(out[1]);
+  params.q_dot_mean = Data<float>(out[2]);
+  params.k = Data<int8_t>(out[3]);
+  params.k_scale = Data<float>(out[4]);
+  params.v = out[5].untyped_data();
+  params.channels = Data<float>(out[6]);
+  params.first_bad = Data<int32_t>(out[7]);
+  params.value_code_sum = Data<long long>(out[8]);
+  params.partials = Data<float>(out[9]);
+  params.batch = sizes.batch;
+  params.heads = static_cast<int>(sizes.heads);
+  params.kv_heads = static_cast<int>(sizes.kv_heads);
+  params.length_q = static_cast<int>(sizes.length_q);
+  params.length_kv = static_cast<int>(sizes.length_kv);
+  params.padded_q = static_cast<int>(sizes.padded_q);
+  params.padded_kv = static_cast<int>(sizes.padded_kv);
+  params.head_dim = static_cast<int>(sizes.head_dim);
+  params.padded_head_dim = static_cast<int>(sizes.padded_head_dim);
+  params.parts = static_cast<int>(sizes.parts);
+  params.scale_log2 = scale_log2;
+  params.smooth_k = smooth_k != 0;
+  params.smooth_v = smooth_v != 0;
+  params.fp8_value = sizes.fp8_value;
+  return FromCuda("quantize", LaunchQuantize(params, stream));
+}
+
+ffi::Error AttentionMmaImpl(cudaStream_t stream, ffi::RemainingArgs args,
+                            ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse,
+                            int64_t length_kv, int64_t is_causal, int64_t pv_accumulator) {
+  std::vector<ffi::AnyBuffer> in;
+  std::vector<Buffer> described;
+  for (size_t i = 0; i < args.size(); ++i) {
+    auto arg = args.get<ffi::AnyBuffer>(i);
+    if (!arg) return arg.error();
+    in.push_back(*arg);
+    described.push_back(Describe(in.back()));
+  }
+  Sizes sizes;
+  const std::string message =
+      CheckAttention(described, {Describe(*out), Describe(*lse)},
+                     {{"length_kv", static_cast<double>(length_kv)},
+                      {"is_causal", static_cast<double>(is_causal)},
+                      {"pv_accumulator", static_cast<double>(pv_accumulator)}},
+                     &sizes);
+  if (!message.empty()) return Invalid(message);
+
+  AttentionParams params{};
+  params.q = Data<int8_t>(in[0]);
+  params.q_scale = Data<float>(in[1]);
+  params.q_dot_mean = Data<float>(in[2]);
+  params.k = Data<int8_t>(in[3]);
+  params.k_scale = Data<float>(in[4]);
+  params.v = in[5].untyped_data();
+  params.channels = Data<float>(in[6]);
+  params.first_bad = Data<int32_t>(in[7]);
+  params.value_code_sum = Data<long long>(in[8]);
+  params.out = out->untyped_data();
+  params.lse = Data<float>(*lse);
+  params.batch = sizes.batch;
+  params.heads = static_cast<int>(sizes.heads);
+  params.kv_heads = static_cast<int>(sizes.kv_heads);
+  params.length_q = static_cast<int>(sizes.length_q);
+  params.length_kv = static_cast<int>(sizes.length_kv);
+  params.padded_q = static_cast<int>(sizes.padded_q);
+  params.padded_kv = static_cast<int>(sizes.padded_kv);
+  params.head_dim = static_cast<int>(sizes.head_dim);
+  params.padded_head_dim = static_cast<int>(sizes.padded_head_dim);
+  params.is_causal = is_causal != 0;
+  params.out_type = InputType(*out);
+  const bool fp16_accumulator = pv_accumulator == 16;
+  if (!sizes.fp8_value) {
+    return FromCuda("attention", LaunchAttentionFp16(params, fp16_accumulator, stream));
+  }
+#ifdef JAX_SAGE_NO_FP8_MMA
+  return Invalid(
+      "jax_sage: attention: no architecture of this build has E4M3 matrix instructions (sm_89 and "
+      "newer); use recipe=\"8+16\"");
+#else
+  return FromCuda("attention", LaunchAttentionFp8(params, fp16_accumulator, stream));
+#endif
+}
+
+}  // namespace
+}  // namespace jax_sage
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageQuantize, jax_sage::QuantizeImpl,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<xla::ffi::AnyBuffer>()  // query [*B, T, N, H]
+                                  .Arg<xla::ffi::AnyBuffer>()  // key [*B, S, K, H]
+                                  .Arg<xla::ffi::AnyBuffer>()  // value [*B, S, K, H]
+                                  .RemainingRets()
+                                  .Attr<float>("scale_log2")
+                                  .Attr<int64_t>("smooth_k")
+                                  .Attr<int64_t>("smooth_v"),
+                              {xla::ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageAttentionMma, jax_sage::AttentionMmaImpl,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                  .RemainingArgs()
+                                  .Ret<xla::ffi::AnyBuffer>()  // out [*B, T, N, H]
+                                  .Ret<xla::ffi::AnyBuffer>()  // lse [*B, T, N]
+                                  .Attr<int64_t>("length_kv")
+                                  .Attr<int64_t>("is_causal")
+                                  .Attr<int64_t>("pv_accumulator"),
+                              {xla::ffi::Traits::kCmdBufferCompatible});

@@ -1,0 +1,51 @@
+// Quantization of Q, K and V for the attention kernels: parameters and launch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "common/layout.h"
+
+namespace jax_sage {
+
+struct QuantizeParams {
+  const void* query;  // [B, T, N, H]
+  const void* key;    // [B, S, K, H]
+  const void* value;  // [B, S, K, H]
+  DType type;
+
+  int8_t* q;                  // [B, N, Tp, Hp]
+  float* q_scale;             // [B, N, Tp]
+  float* q_dot_mean;          // [B, N, Tp]
+  int8_t* k;                  // [B, K, Sp, Hp]
+  float* k_scale;             // [B, K, Sp/64, 4]
+  void* v;                    // E4M3 [B, K, Hp, Sp], permuted; or FP16 [B, K, Sp, Hp]
+  float* channels;            // [B, K, kChannelRows, Hp]
+  int32_t* first_bad;         // [B, K, 2, Hp]
+  long long* value_code_sum;  // [B, K, Hp]
+  float* partials;            // scratch [B, K, parts, kPartialRows, Hp]
+
+  int64_t batch;
+  int heads;
+  int kv_heads;
+  int length_q;
+  int length_kv;
+  int padded_q;
+  int padded_kv;
+  int head_dim;
+  int padded_head_dim;
+  int parts;         // the sequence of keys is cut into this many
+  float scale_log2;  // softmax scale * log2(e)
+  bool smooth_k;
+  bool smooth_v;
+  bool fp8_value;
+};
+
+// Rows of `partials`: per channel and part, sums of K and V, extrema of V, and the first positions
+// that are not finite (bits of an int32).
+constexpr int kPartialRows = 6;
+
+cudaError_t LaunchQuantize(const QuantizeParams& params, cudaStream_t stream);
+
+}  // namespace jax_sage

@@ -1,0 +1,105 @@
+"""The CUDA lowering: two custom calls, quantization and attention, and how a kernel is chosen.
+
+Intermediate buffers are results of the first call. Layouts (also checked by the C++ handlers):
+head dimensions are padded to Hp = 64 or 128, queries to a multiple of 128, keys to a multiple of
+64; padding is zero. FP8 V is stored transposed, and its keys permuted within each 16 so that a
+C fragment of QKᵀ is an A fragment of PV without any exchange between threads: position
+4t + 2h + e holds key 8h + 2t + e.
+"""
+
+import math
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_sage import kernels, portable
+from jax_sage.recipe import BLOCK_KV, Recipe
+
+BLOCK_Q = 128
+# Parts that the sequence is cut into for the channel statistics: enough to fill a GPU with one
+# head, few enough that adding the parts up is free.
+_STATISTICS_TOKENS = 512
+
+
+def attention(
+    query: jax.Array,  # [*B, T, N, H]
+    key: jax.Array,  # [*B, S, K, H]
+    value: jax.Array,  # [*B, S, K, H]
+    *,
+    scale_log2: float,
+    is_causal: bool,
+    recipe: Recipe,
+) -> tuple[jax.Array, jax.Array]:
+    reason = kernels.why_unavailable(recipe)
+    if reason is not None:
+        warnings.warn(
+            f"jax_sage.attention runs in portable JAX on this GPU, far slower than a kernel: "
+            f"{reason}",
+            kernels.PortableWarning,
+            stacklevel=2,
+        )
+        return portable.attention(
+            query, key, value, scale_log2=scale_log2, is_causal=is_causal, recipe=recipe
+        )
+    quantized = quantize(query, key, value, scale_log2=scale_log2, recipe=recipe)
+    return jax.ffi.ffi_call(
+        "jax_sage_attention_mma",
+        (
+            jax.ShapeDtypeStruct(query.shape, query.dtype),
+            jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32),
+        ),
+    )(
+        *quantized,
+        length_kv=np.int64(key.shape[-3]),
+        is_causal=np.int64(is_causal),
+        pv_accumulator=np.int64({"fp16": 16, "fp32": 32}[recipe.pv_accumulator]),
+    )
+
+
+def quantize(
+    query: jax.Array,  # [*B, T, N, H]
+    key: jax.Array,  # [*B, S, K, H]
+    value: jax.Array,  # [*B, S, K, H]
+    *,
+    scale_log2: float,
+    recipe: Recipe,
+) -> tuple[jax.Array, ...]:
+    """The operands of the attention call, in its order. B is the product of the batch dims."""
+    batch = math.prod(query.shape[:-3])
+    length_q, heads, head_dim = query.shape[-3:]
+    length_kv, kv_heads = key.shape[-3:-1]
+    hp = 64 if head_dim <= 64 else 128
+    tp = -(-length_q // BLOCK_Q) * BLOCK_Q
+    sp = -(-length_kv // BLOCK_KV) * BLOCK_KV
+    parts = -(-length_kv // _STATISTICS_TOKENS)
+
+    def array(dtype: object, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    results = (
+        array(jnp.int8, batch, heads, tp, hp),  # q
+        array(jnp.float32, batch, heads, tp),  # q_scale, times |scale_log2|
+        array(jnp.float32, batch, heads, tp),  # q_dot_mean, times scale_log2
+        array(jnp.int8, batch, kv_heads, sp, hp),  # k
+        array(jnp.float32, batch, kv_heads, sp // BLOCK_KV, 4),  # k_scale
+        array(jnp.float8_e4m3fn, batch, kv_heads, hp, sp)
+        if recipe.pv == "fp8"
+        else array(jnp.float16, batch, kv_heads, sp, hp),  # v
+        # Mean of K; mean of V, the same rounded to bfloat16; scale of V and its inverse.
+        array(jnp.float32, batch, kv_heads, 5, hp),  # channels
+        array(jnp.int32, batch, kv_heads, 2, hp),  # first position not finite: of K, of V
+        # 64-bit integers, which JAX has only with jax_enable_x64.
+        array(jnp.uint32, batch, kv_heads, hp, 2),  # value_code_sum
+        array(jnp.float32, batch, kv_heads, parts, 6, hp),  # scratch
+    )
+    *quantized, _ = jax.ffi.ffi_call("jax_sage_quantize", results)(
+        query,
+        key,
+        value,
+        scale_log2=np.float32(scale_log2),
+        smooth_k=np.int64(recipe.smooth_k),
+        smooth_v=np.int64(recipe.smooth_v),
+    )
+    return tuple(quantized)

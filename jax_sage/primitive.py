@@ -1,0 +1,76 @@
+"""The primitive ``sage_attention``: abstract evaluation, batching, differentiation, lowering.
+
+``attention_p.bind(q, k, v, scale_log2=, is_causal=, recipe=)`` -> (out, lse), with the layouts of
+:func:`jax_sage.attention`. ``scale_log2`` is the softmax scale times log2(e).
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jax_sage import lowering_cuda, portable
+from jax_sage.recipe import Recipe
+
+attention_p = Primitive("sage_attention")
+attention_p.multiple_results = True
+
+
+@attention_p.def_impl
+def _impl(*operands: jax.Array, **params: Any) -> Sequence[jax.Array]:
+    return _compiled(**params)(*operands)
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(**params: Any) -> Any:
+    # Eager calls go through jit, so that they run what a jitted model runs.
+    return jax.jit(functools.partial(attention_p.bind, **params))
+
+
+@attention_p.def_abstract_eval
+def _abstract_eval(
+    query: jax.core.ShapedArray,  # [*B, T, N, H]
+    key: jax.core.ShapedArray,  # [*B, S, K, H]
+    value: jax.core.ShapedArray,  # [*B, S, K, H]
+    *,
+    scale_log2: float,
+    is_causal: bool,
+    recipe: Recipe,
+) -> tuple[jax.core.ShapedArray, jax.core.ShapedArray]:
+    del key, value, scale_log2, is_causal, recipe
+    return query.update(weak_type=False), query.update(
+        shape=query.shape[:-1], dtype=jnp.dtype(jnp.float32), weak_type=False
+    )
+
+
+def _batch(
+    operands: Sequence[jax.Array], axes: Sequence[int | None], **params: Any
+) -> tuple[Sequence[jax.Array], Sequence[int]]:
+    """The new axis becomes a leading batch dimension of all three."""
+    size = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
+    moved = [batching.bdim_at_front(x, a, size) for x, a in zip(operands, axes, strict=True)]
+    return attention_p.bind(*moved, **params), (0, 0)
+
+
+batching.primitive_batchers[attention_p] = _batch
+
+
+def _jvp(primals: Sequence[jax.Array], tangents: Sequence[Any], **params: Any) -> NoReturn:
+    del primals, tangents, params
+    raise NotImplementedError(
+        "jax_sage.attention cannot be differentiated yet: it has no derivative rule, and gives an "
+        "error rather than a gradient of zero. Use jax.nn.dot_product_attention where you need "
+        "gradients, or jax.lax.stop_gradient on query, key and value where you do not."
+    )
+
+
+ad.primitive_jvps[attention_p] = _jvp
+
+_lower_portable = mlir.lower_fun(portable.attention, multiple_results=True)
+_lower_cuda = mlir.lower_fun(lowering_cuda.attention, multiple_results=True)
+mlir.register_lowering(attention_p, _lower_portable)
+mlir.register_lowering(attention_p, _lower_cuda, platform="cuda")
