@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -121,6 +122,8 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffe
   params.padded_head_dim = static_cast<int>(sizes.padded_head_dim);
   params.parts = static_cast<int>(sizes.parts);
   params.scale_log2 = scale_log2;
+  params.q_scale_factor =
+      static_cast<float>(std::fabs(static_cast<double>(scale_log2)) / kInt8Max);
   params.smooth_k = smooth_k != 0;
   params.smooth_v = smooth_v != 0;
   params.fp8_value = sizes.fp8_value;

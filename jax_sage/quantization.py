@@ -99,7 +99,8 @@ def quantize_query(
     absmax = jnp.maximum(jnp.max(jnp.abs(finite), axis=-1), _f32(ABSMAX_FLOOR))
     inverse = _f32(np.copysign(INT8_MAX, scale_log2)) / absmax
     codes = jnp.round(finite * inverse[..., None]).astype(jnp.int8)
-    scale = (absmax * _f32(1 / INT8_MAX)) * _f32(abs(scale_log2))
+    # One constant: XLA may put two together, which rounds differently.
+    scale = absmax * _f32(abs(float(_f32(scale_log2))) / INT8_MAX)
     bad = jnp.any(~jnp.isfinite(q), axis=-1)
     return codes, jnp.where(bad, _f32(np.nan), scale)
 

@@ -252,8 +252,7 @@ __device__ __forceinline__ void QuantizeQuery(const QuantizeParams& params, int6
     const int64_t index = head * params.padded_q + row;
     *reinterpret_cast<uint2*>(params.q + index * kHeadDim + C::Channel()) = PackInt8(x, inverse);
     if (C::Channel() == 0) {
-      const float scale = (absmax * (1.0f / kInt8Max)) * fabsf(params.scale_log2);
-      params.q_scale[index] = bad != 0 ? kNan : scale;
+      params.q_scale[index] = bad != 0 ? kNan : absmax * params.q_scale_factor;
       params.q_dot_mean[index] = dot * params.scale_log2;
     }
   }
