@@ -24,7 +24,7 @@ JAX_FOR_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 'jax[cuda13]')
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or later was found; install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
-	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "make: $(PYTHON) cannot make a virtual environment (on Debian: apt install python3-venv)" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "make: $(PYTHON) cannot make a virtual environment (on Debian: apt install python3-venv)" >&2; exit 1; }
 
 # A stamp is younger than everything that its installation was made of.
 .venv/test.stamp: EXTRAS = dev,examples
@@ -52,7 +52,6 @@ have-gpu:
 	@nvidia-smi -L || { echo "make: gpu-check needs an NVIDIA GPU, and nvidia-smi shows none" >&2; exit 1; }
 
 gpu-check: have-gpu $(if $(PYTHON_ENV),,.venv/test.stamp)
-	$(or $(PYTHON_ENV),.venv/bin/python) -m pytest tests -m gpu
 	$(or $(PYTHON_ENV),.venv/bin/python) -m jax_sage.record check
 
 gpu-status:

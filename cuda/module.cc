@@ -69,6 +69,8 @@ NB_MODULE(_cuda, m) {
         "The XLA FFI handlers by custom-call name, as capsules for jax.ffi.register_ffi_target.");
   m.def("architectures", &Architectures,
         "The compute capabilities that the kernels were built for, as 10 * major + minor.");
+  m.def("source_hash", [] { return JAX_SAGE_SOURCE_HASH; },
+        "Hash of the sources that the module was built from, as jax_sage.record computes it.");
   m.def("toolkit_version", [] { return CUDART_VERSION; },
         "The CUDA that the module was built with, as 1000 * major + 10 * minor.");
   m.def("driver_version", &DriverVersion,

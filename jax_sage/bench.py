@@ -78,7 +78,7 @@ def implementations(shape: Shape) -> dict[tuple[str, str], Attention]:
         result[(f"jax.nn {peer}", "bf16")] = functools.partial(
             jax.nn.dot_product_attention,
             is_causal=shape.causal,
-            implementation=peer,  # type: ignore[arg-type]
+            implementation=peer,
         )
     return result
 
@@ -181,10 +181,7 @@ def distributions(
             mean = rng.uniform(10, 20, 4) * rng.choice([-1, 1], 4)
             array[:, head, chosen] += mean
     named = {"normal": normal, "outlier": outlier, "heavy": heavy}
-    return {
-        name: tuple(x.astype(jnp.bfloat16).astype(np.float64))  # type: ignore[misc]
-        for name, x in named.items()
-    }
+    return {name: tuple(x.astype(jnp.bfloat16).astype(np.float64)) for name, x in named.items()}
 
 
 def exact_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -200,7 +197,8 @@ def exact_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as text: a line a shape, a column an implementation."""
     names = list(dict.fromkeys((row["impl"], row["recipe"]) for row in rows))
-    lines = ["  ".join(["TOPS (batch, length, heads/kv, head_dim)".ljust(42), *map(" ".join, names)])]
+    header = "TOPS (batch, length, heads/kv, head_dim)".ljust(42)
+    lines = ["  ".join([header, *map(" ".join, names)])]
     shapes = list(dict.fromkeys(Shape(*(row[f.name] for f in _FIELDS)) for row in rows))
     for shape in shapes:
         label = f"{shape.batch}, {shape.length}, {shape.heads}/{shape.kv_heads}, {shape.head_dim}"
@@ -209,9 +207,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             for row in rows
             if Shape(*(row[f.name] for f in _FIELDS)) == shape
         }
-        values = (
-            (f"{cells[n]:.3g}" if n in cells else "-").rjust(len(" ".join(n))) for n in names
-        )
+        values = ((f"{cells[n]:.3g}" if n in cells else "-").rjust(len(" ".join(n))) for n in names)
         lines.append("  ".join([(label + (" causal" if shape.causal else "")).ljust(42), *values]))
     return "\n".join(lines)
 

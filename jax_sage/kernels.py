@@ -1,20 +1,17 @@
 """The compiled kernels: whether this process has one for a recipe, and if not, why."""
 
+import importlib
 import types
 
 import jax
 
 from jax_sage.recipe import Recipe
 
+_cuda: types.ModuleType | None
 try:
-    from jax_sage import _cuda
-except ImportError as error:
+    _cuda = importlib.import_module("jax_sage._cuda")
+except ModuleNotFoundError:  # never built; one that is there and does not load is an error
     _cuda = None
-    _import_error = str(error)
-
-    # A module that is there but does not load is another matter than one that was never built.
-    if not isinstance(error, ModuleNotFoundError) and "cannot import name" not in _import_error:
-        raise
 
 # Matrix instructions on E4M3 begin with this compute capability.
 _FP8_CAPABILITY = 89

@@ -44,7 +44,7 @@ def attention(
             query, key, value, scale_log2=scale_log2, is_causal=is_causal, recipe=recipe
         )
     quantized = quantize(query, key, value, scale_log2=scale_log2, recipe=recipe)
-    return jax.ffi.ffi_call(
+    out, lse = jax.ffi.ffi_call(
         "jax_sage_attention_mma",
         (
             jax.ShapeDtypeStruct(query.shape, query.dtype),
@@ -56,6 +56,7 @@ def attention(
         is_causal=np.int64(is_causal),
         pv_accumulator=np.int64({"fp16": 16, "fp32": 32}[recipe.pv_accumulator]),
     )
+    return out, lse
 
 
 def quantize(

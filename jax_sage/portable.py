@@ -128,7 +128,7 @@ def _attend(
                 partial = round_fp16(partial)
         return new_max, row_sum, acc * rescale[..., None] + partial
 
-    blocks = x.k.shape[-2] // BLOCK_KV
+    blocks = jnp.int32(x.k.shape[-2] // BLOCK_KV)
     if is_causal:  # blocks behind the last query of this block are not visited
         blocks = jnp.minimum(blocks, (start + np.int32(block_q + BLOCK_KV - 1)) // BLOCK_KV)
     row_max, row_sum, acc = lax.fori_loop(

@@ -94,7 +94,7 @@ def quantize_query(
     q: jax.Array,  # float32 [*B, N, T, H]
     scale_log2: float,  # softmax scale * log2(e)
 ) -> tuple[jax.Array, jax.Array]:
-    """INT8 codes of sign(scale) * q, and scales [*B, N, T]. A token that is not finite: scale NaN."""
+    """INT8 codes of sign(scale) * q, and scales [*B, N, T]; NaN for a token that is not finite."""
     finite = _finite_or_zero(q)
     absmax = jnp.maximum(jnp.max(jnp.abs(finite), axis=-1), _f32(ABSMAX_FLOOR))
     inverse = _f32(np.copysign(INT8_MAX, scale_log2)) / absmax

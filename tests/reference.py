@@ -1,0 +1,202 @@
+"""What the tests compare with: float64 attention, inputs, and how large an error may be.
+
+Everything here is numpy in float64 and shares no code with jax_sage.
+"""
+
+import dataclasses
+import math
+
+import ml_dtypes
+import numpy as np
+
+DISTRIBUTIONS = ("normal", "outlier", "heavy", "constant")
+
+# Largest relative error of rounding to nearest (for E4M3 2^-4 / (1 + 2^-4), a tie just above a
+# power of two), and half the distance of subnormal numbers.
+_RELATIVE = {"fp8": 1 / 17, "fp16": 2.0**-11}
+_SUBNORMAL = {"fp8": 2.0**-10, "fp16": 2.0**-25}
+_P_MIN_TOP = 32.0  # the largest P of a row lies in (32, 64]
+_V_MAX = 3.75  # the largest code of V
+
+# Mean of `Reference.typical` where the inputs are normal. The terms w_j v_j of an output have
+# independent relative errors: E4M3 rounding, uniform over a mantissa, has an rms of 2.6 %; it
+# strikes P and V. A score is a sum of 2H products of a normal and an INT8 rounding error of step
+# 3/127, times 1/sqrt(H): rms 1 %. Together sqrt(2.6² + 2.6² + 1²) = 3.8 %, and the mean of the
+# absolute value is 0.8 of that: 3.0 %. With FP16 only the 1 % of the scores remain: 0.8 %.
+# Half as much again is for the chance of a small sample and for shorter rows of H, where the
+# largest of a few is not 3 sigma.
+TYPICAL = {"fp8": 0.045, "fp16": 0.015}
+# Outputs that make a mean of errors meaningful: fewer are held to the worst case alone.
+_ENOUGH = 2000
+
+
+def bf16(x: np.ndarray) -> np.ndarray:
+    """x in float64, rounded to bfloat16."""
+    return np.asarray(x, np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
+def inputs(kind, query_shape, key_shape, dtype="float32", seed=0, rounded=True):
+    """q, k, v as numpy arrays; values rounded to bfloat16 unless `rounded` is False.
+
+    normal: standard normal. outlier: the same, and in each head 4 random channels of K have a mean
+    of 10 to 20 of either sign, and 4 of V. heavy: Student's t with 3 degrees of freedom.
+    constant: a quarter of the channels of K and V is zero, another one constant.
+    """
+    rng = np.random.default_rng([seed, *query_shape, *key_shape, DISTRIBUTIONS.index(kind)])
+
+    def draw(shape):
+        return rng.standard_t(3, shape) if kind == "heavy" else rng.standard_normal(shape)
+
+    q, k, v = draw(query_shape), draw(key_shape), draw(key_shape)
+    channels = key_shape[-1]
+    for x in (k, v):
+        if kind == "outlier":
+            for head in range(key_shape[-2]):
+                chosen = rng.permutation(channels)[:4]
+                x[..., head, chosen] += rng.uniform(10, 20, chosen.size) * rng.choice(
+                    [-1, 1], chosen.size
+                )
+        if kind == "constant":
+            order = rng.permutation(channels)
+            zero, constant = order[: channels // 4], order[channels // 4 : channels // 2]
+            x[..., zero] = 0
+            x[..., constant] = bf16(5 * rng.standard_normal(constant.size))
+    dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    return tuple((bf16(x) if rounded else x).astype(dtype) for x in (q, k, v))
+
+
+@dataclasses.dataclass
+class Reference:
+    """Exact attention, and the error that quantization may make at each place."""
+
+    out: np.ndarray  # [*B, T, N, H]
+    lse: np.ndarray  # [*B, T, N]
+    worst_out: np.ndarray  # a bound, before rounding to the output's dtype
+    worst_lse: np.ndarray  # a bound
+    typical: np.ndarray  # rms of an output's error if each term of its sum had rms error 1
+
+
+def attention(q, k, v, *, scale=None, is_causal=False):
+    """out [*B, T, N, H] and lse [*B, T, N] in float64."""
+    x = analyse(q, k, v, scale=scale, is_causal=is_causal)
+    return x.out, x.lse
+
+
+def analyse(q, k, v, *, scale=None, is_causal=False, pv="fp8", rows=None) -> Reference:
+    """`rows`: only these queries (an index array); the results then have len(rows) of them."""
+    q, k, v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
+    rows = np.arange(q.shape[-3]) if rows is None else np.asarray(rows)
+    q = q[..., rows, :, :]
+    *batch, length_q, heads, head_dim = q.shape
+    length_kv, kv_heads = k.shape[-3:-1]
+    scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
+    if length_kv == 0:
+        zero, nothing = np.zeros(q.shape), np.zeros(q.shape[:-1])
+        return Reference(zero, nothing - np.inf, zero, nothing, zero)
+
+    def tokens(x):  # [*B, K, G, T, ...] -> [*B, T, N, ...]
+        x = x.reshape(*batch, heads, length_q, *x.shape[len(batch) + 3 :])
+        return np.moveaxis(x, len(batch), len(batch) + 1)
+
+    # [*B, K, G, T, H], [*B, K, 1, S, H]
+    q = np.moveaxis(q, -3, -2).reshape(*batch, kv_heads, heads // kv_heads, length_q, head_dim)
+    k, v = (np.moveaxis(x, -3, -2)[..., None, :, :] for x in (k, v))
+    visible = np.ones((length_q, length_kv), bool)
+    if is_causal:
+        visible = np.arange(length_kv) <= rows[:, None]
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        scores = q @ np.swapaxes(k, -1, -2)
+        scores *= scale
+        np.copyto(scores, -np.inf, where=~visible)
+        top = scores.max(-1, keepdims=True)
+        weights = np.exp(scores - top)
+        total = weights.sum(-1, keepdims=True)
+        weights /= total
+        out = weights @ v
+        lse = (top + np.log(total))[..., 0]
+
+        k_mean, v_mean = k.mean(-2, keepdims=True), v.mean(-2, keepdims=True)
+        deviation = np.abs(k - bf16(k_mean))
+        spread = np.abs(v - v_mean) + 2.0**-8 * np.abs(v_mean)  # its mean is rounded to bfloat16
+
+        # A score: q and k' = k - k̄ are off by at most half a step in each channel, and
+        # q·k̄ (for lse) and the score itself by FP32 roundings.
+        q_step = np.abs(q).max(-1) / 127  # [*B, K, G, T]
+        k_step = (deviation.max((-1, -2)) + 2.0**-8 * np.abs(k_mean).max((-1, -2)))[..., None] / 127
+        in_score = abs(scale) * (
+            q_step / 2 * deviation.sum(-1).max(-1)[..., None]
+            + k_step / 2 * (np.abs(q).sum(-1) + head_dim * q_step / 2)
+            + 2.0**-18 * (np.abs(q) * np.abs(k).max(-2, keepdims=True)).sum(-1)
+        )
+        in_score = in_score + 2.0**-18
+        # lse moves by no more than the largest change of a score.
+        worst_lse = in_score + 2.0**-18 * np.abs(lse)
+
+        # An output is sum(w' v') / sum(w'), w' = w e^(error of the score) (1 + rounding of P). As
+        # sum(w (v - out)) = 0, the errors of w count only times v - out.
+        relative, subnormal = _RELATIVE[pv], _SUBNORMAL[pv]
+        in_score = in_score[..., None]
+        above = np.exp(in_score) * (1 + relative)
+        below = np.exp(-in_score) * (1 - relative)
+        # sum(w |v - out|) <= sum(w |v - v̄|) + |v̄ - out|
+        around = weights @ spread + np.abs(out - v_mean)
+        count = visible.sum(-1)[:, None]
+        around_all = (visible @ spread) + count * np.abs(out - v_mean)
+        in_weights = (above - 1) / below * around + subnormal / _P_MIN_TOP / below * around_all
+        # V: the rounding of codes, once in the sum and once in the mean that is put back.
+        step = spread.max(-2, keepdims=True) * subnormal / _V_MAX
+        in_v = above / below * (relative * (weights @ spread) + step)
+        in_v = in_v + relative * spread.mean(-2, keepdims=True) + step
+        # FP16 partial sums over 64 keys: at most four roundings of 2^-11, for output and row sum.
+        in_sums = 2.0**-8 * above / below * (weights @ spread + step)
+        in_fp32 = 2.0**-18 * (np.abs(out) + np.abs(v_mean) + weights @ spread)
+        worst_out = in_weights + in_v + in_sums + in_fp32
+
+        # As in TYPICAL: errors of the terms w_j (v_j - v̄) are independent.
+        typical = np.sqrt((weights**2) @ ((v - v_mean) ** 2))
+    return Reference(
+        tokens(out), tokens(lse), tokens(worst_out), tokens(worst_lse), tokens(typical)
+    )
+
+
+def half_ulp(x, dtype):
+    """What rounding x to dtype may change."""
+    info = ml_dtypes.finfo(dtype)
+    return np.abs(x) * float(info.eps) / 2 + float(info.smallest_subnormal)
+
+
+def assert_accurate(out, lse, expected: Reference, *, pv="fp8", typical=None):
+    """Within the worst case everywhere, and within TYPICAL (or `typical`) on average."""
+    rounding = half_ulp(expected.out, out.dtype)
+    error = np.abs(np.asarray(out).astype(np.float64) - expected.out)
+    assert out.shape == expected.out.shape
+    assert np.all(error <= expected.worst_out + rounding), (
+        f"error {error.max()} beyond the worst case at {np.argmax(error - expected.worst_out)}"
+    )
+    if error.size >= _ENOUGH:
+        measured = np.maximum(error - rounding, 0).sum() / expected.typical.sum()
+        assert measured <= (typical or TYPICAL[pv])
+    if lse is not None:
+        assert lse.shape == expected.lse.shape
+        assert lse.dtype == np.float32
+        lse = np.asarray(lse).astype(np.float64)
+        nothing = np.isneginf(expected.lse)
+        np.testing.assert_array_equal(np.isneginf(lse), nothing)
+        error = np.abs(lse - np.where(nothing, lse, expected.lse), where=~nothing, out=0 * lse)
+        assert np.all(error <= expected.worst_lse)
+
+
+def relative_l1(actual, expected) -> float:
+    actual, expected = (np.asarray(x).astype(np.float64) for x in (actual, expected))
+    return float(np.abs(actual - expected).sum() / np.abs(expected).sum())
+
+
+def cosine(actual, expected) -> float:
+    a, b = (np.asarray(x).astype(np.float64).ravel() for x in (actual, expected))
+    return float(a @ b / math.sqrt((a @ a) * (b @ b)))
+
+
+def rmse(actual, expected) -> float:
+    actual, expected = (np.asarray(x).astype(np.float64) for x in (actual, expected))
+    return float(np.sqrt(np.mean((actual - expected) ** 2)))
