@@ -1,0 +1,396 @@
+"""The CUDA kernels, on an NVIDIA GPU."""
+
+import functools
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from suite import BOTH_MASKS, MORE_RECIPES, NAMED, AttentionSuite, attention, check, pv_of
+
+import jax_sage
+from jax_sage import kernels, lowering_cuda, portable, quantization
+from jax_sage.recipe import BLOCK_KV, RECIPES, resolve
+
+pytestmark = pytest.mark.gpu
+# The kernel's sums and rows are alike for all of these.
+ALL_RECIPES = {**RECIPES, **MORE_RECIPES}
+EACH_RECIPE = pytest.mark.parametrize("recipe", ALL_RECIPES.values(), ids=ALL_RECIPES)
+
+
+@pytest.fixture(autouse=True)
+def on_gpu():
+    if not kernels.capabilities():
+        pytest.skip("no NVIDIA GPU, or JAX has no CUDA")
+    assert jax.default_backend() == "gpu"
+    for recipe in RECIPES.values():
+        reason = kernels.why_unavailable(recipe)
+        if reason and "E4M3 matrix instructions need sm_89" in reason:
+            pytest.skip(f"this GPU cannot run every recipe: {reason}")
+        assert reason is None, "without a kernel these tests would test the portable path"
+
+
+class TestGpu(AttentionSuite):
+    """The common tests."""
+
+
+def exact_sums(x):
+    """Multiples of 1/16 up to 64: the FP32 sum of 16K of them is exact in any order."""
+    return (np.round(np.clip(x.astype(np.float64), -64, 64) * 16) / 16).astype(x.dtype)
+
+
+def inputs(kind, query_shape, key_shape, dtype="float32", seed=0):
+    q, k, v = reference.inputs(kind, query_shape, key_shape, dtype, seed)
+    return q, exact_sums(k), exact_sums(v)
+
+
+@functools.lru_cache(maxsize=256)
+def jitted_portable(**params):
+    return jax.jit(functools.partial(portable.attention, **params))
+
+
+def scale_log2(q, scale=None):
+    return (1 / math.sqrt(q.shape[-1]) if scale is None else scale) * math.log2(math.e)
+
+
+def assert_near_portable(q, k, v, *, recipe, is_causal=False):
+    """As close as the order of sums allows, on data whose codes and scales are bitwise equal.
+
+    P is rounded alike, because the row maximum is an integer, whatever the order of blocks. There
+    remain:
+    - FP16 partial sums. The portable code rounds after each 32 keys; sm_90 has no such
+      instruction, and rounds (or cuts) after each 16. 2 roundings of 2^-11 and 4 of 2^-10 a block
+      make less than 2^-7 of sum(w |v - v̄|), in the output and, times |out - v̄|, in the row sum:
+      2^-6 of what Reference.around bounds. (FP32 ones: FP8 tensor cores keep 13 bits. Less.)
+    - ex2.approx (2 ulp) and a fused multiply-add in its argument (2^-22 of a score up to 16) move
+      P by up to 2^-18. Where a rounding boundary of E4M3 (one every 2^-3) lies in between, P moves
+      by one step: in one of 10^4 to 10^5 elements, 2^-3 w_j |v_j - out|. Four such flips of a
+      row's largest term are allowed.
+    On average: roundings have random signs, so of 6 roundings of rms 2^-12.8 of a partial sum that
+    is as large as Reference.typical sqrt(6) 2^-12.8 = 3.4e-4 remain, twice that if one side cuts;
+    flips of 2^-3 in 2e-5 of the elements add 2^-3 sqrt(2e-5) = 5.6e-4. Together 1.3e-3, to be
+    compared with quantization's 3e-2.
+    """
+    recipe = resolve(recipe)
+    out, lse = attention(q, k, v, recipe=recipe, is_causal=is_causal)
+    run = jitted_portable(scale_log2=scale_log2(q), is_causal=is_causal, recipe=recipe)
+    other, other_lse = (np.asarray(x) for x in run(q, k, v))
+    expected = reference.analyse(q, k, v, is_causal=is_causal)
+
+    difference = np.abs(out.astype(np.float64) - other.astype(np.float64))
+    difference -= 2 * reference.half_ulp(expected.out, out.dtype)
+    bound = 2.0**-6 * expected.around + 4 * 2.0**-3 * expected.largest
+    bound += 2.0**-18 * np.abs(expected.out)
+    assert np.all(difference <= bound), f"{(difference - bound).max()} beyond the bound"
+    if out.size >= 2000:
+        ratio = np.maximum(difference, 0).sum() / expected.typical.sum()
+        print(f"kernel against portable: {ratio:.2e} of a typical term")
+        assert ratio <= 2e-3
+    # The maxima are equal; the sum of P before rounding, its logarithm and q·k̄ are FP32.
+    np.testing.assert_allclose(lse, other_lse, rtol=2.0**-16, atol=2.0**-16)
+
+
+@EACH_RECIPE
+@BOTH_MASKS
+def test_near_portable(recipe, is_causal):
+    q, k, v = inputs("normal", (2, 300, 4, 128), (2, 1000, 2, 128))
+    assert_near_portable(q, k, v, recipe=recipe, is_causal=is_causal)
+
+
+@pytest.mark.parametrize("recipe", NAMED)
+@pytest.mark.parametrize("kind", ["outlier", "heavy", "constant"])
+def test_near_portable_on(kind, recipe):
+    q, k, v = inputs(kind, (1, 257, 2, 64), (1, 700, 2, 64))
+    assert_near_portable(q, k, v, recipe=recipe)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_near_portable_in(dtype):
+    q, k, v = inputs("normal", (1, 257, 2, 96), (1, 700, 1, 96), dtype)
+    assert_near_portable(q, k, v, recipe="8+8")
+
+
+# Codes and scales.
+
+
+def permuted(key: int) -> int:
+    """Where FP8 V has this key: position 4t + 2h + e of 16 holds key 8h + 2t + e."""
+    h, t, e = key % 16 // 8, key % 8 // 2, key % 2
+    return key // 16 * 16 + 4 * t + 2 * h + e
+
+
+def kernel_codes(q, k, v, recipe):
+    """The quantized operands in the layout of quantization.Quantized, plus the channel means."""
+    run = jax.jit(
+        functools.partial(lowering_cuda.quantize, scale_log2=scale_log2(q), recipe=recipe)
+    )
+    names = "q q_scale q_dot_mean k k_scale v channels first_bad value_code_sum".split()
+    raw = dict(zip(names, map(np.asarray, run(q, k, v)), strict=True))
+    length_q, head_dim = q.shape[-3], q.shape[-1]
+    length_kv = k.shape[-3]
+    values = raw["v"].astype(np.float32)
+    if recipe.pv == "fp8":
+        positions = [permuted(key) for key in range(values.shape[-1])]
+        values = np.swapaxes(values[..., positions], -1, -2)
+    # Padding is zero.
+    for codes, length in ((raw["q"], length_q), (raw["k"], length_kv), (values, length_kv)):
+        assert not codes[..., length:, :].any()
+        assert not codes[..., head_dim:].any()
+    padded_kv = -(-length_kv // BLOCK_KV) * BLOCK_KV
+    assert raw["k"].shape[-2] == values.shape[-2] == padded_kv
+    k_mean, v_average, v_mean, v_scale, v_inverse = np.moveaxis(
+        raw["channels"][..., :head_dim], -2, 0
+    )
+    low, high = np.moveaxis(raw["value_code_sum"][..., :head_dim, :].astype(np.uint64), -1, 0)
+    return {
+        "q": raw["q"][..., :length_q, :head_dim],
+        "q_scale": raw["q_scale"][..., :length_q],
+        "q_dot_mean": raw["q_dot_mean"][..., :length_q],
+        "k": raw["k"][..., :head_dim],
+        "k_scale": raw["k_scale"],
+        "v": values[..., :head_dim],
+        "v_scale": v_scale,
+        "v_inverse": v_inverse,
+        "k_mean": k_mean,
+        "v_average": v_average,
+        "v_mean": v_mean,
+        "first_bad_k": raw["first_bad"][..., 0, 0],
+        "first_bad": raw["first_bad"][..., 1, :head_dim],
+        "code_sum": (low | high << np.uint64(32)).astype(np.int64) * 2.0**-24,
+    }
+
+
+def portable_codes(q, k, v, recipe, device):
+    run = jax.jit(functools.partial(quantization.quantize, scale_log2=scale_log2(q), recipe=recipe))
+    with jax.default_device(jax.local_devices(backend=device)[0]):
+        result = {name: np.asarray(x) for name, x in run(q, k, v)._asdict().items()}
+    result["v"] = result["v"].astype(np.float32)
+    return result
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("kind", "head_dim"),
+    [("normal", 3), ("normal", 64), ("normal", 128), ("outlier", 80), ("heavy", 128)],
+)
+@EACH_RECIPE
+def test_codes_are_bitwise_equal(recipe, kind, head_dim, device):
+    q, k, v = inputs(kind, (2, 200, 4, head_dim), (2, 1100, 2, head_dim))
+    k[0, 70, 1, 0], v[1, 900, 0, 2] = np.nan, np.inf
+    q[1, 3, 2, 1] = np.nan
+    actual = kernel_codes(q, k, v, recipe)
+    expected = portable_codes(q, k, v, recipe, device)
+    for name in ("first_bad", "first_bad_k", "q_scale", "k_scale", "v_scale"):
+        np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
+    for name in ("q", "k", "v"):  # as numbers: a code of V that is zero may have a sign
+        np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
+    # Both products of V's code sum are exact integers; portable sums of codes are FP32.
+    np.testing.assert_array_equal(
+        actual["code_sum"],
+        expected["v"].astype(np.float64).sum(-2) if recipe.smooth_v else 0,
+    )
+    offset = actual["v_average"].astype(np.float64)
+    offset = offset - actual["v_scale"].astype(np.float64) * actual["code_sum"] / 1100
+    # FP32 sums of 1100 codes up to 3.75, times the scale: max|v| times 2^-24 log2(1100) and more.
+    np.testing.assert_allclose(
+        offset, expected["v_offset"], rtol=0, atol=2.0**-20 * np.nanmax(np.abs(v[np.isfinite(v)]))
+    )
+    finite = np.isfinite(expected["q_dot_mean"])
+    np.testing.assert_array_equal(np.isfinite(actual["q_dot_mean"]), finite)
+    # 128 products in another order.
+    k_max = np.abs(actual["k_mean"]).max()
+    np.testing.assert_allclose(
+        actual["q_dot_mean"][finite],
+        expected["q_dot_mean"][finite],
+        rtol=2.0**-18,
+        atol=2.0**-20 * head_dim * k_max * np.abs(q[np.isfinite(q)]).max(),
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_means_hide_the_order_of_their_sum(dtype):
+    """On data whose sums are not exact, the means round to the same bfloat16 nearly always."""
+    shape = (4, 4000, 8, 128)
+    q, k, v = reference.inputs("normal", shape, shape, dtype, rounded=False)
+    actual = kernel_codes(q[:, :10], k, v, RECIPES["8+8"])
+    expected = portable_codes(q[:, :10], k, v, RECIPES["8+8"], "cuda")
+    # The portable k̄ is not a result; where it and the kernel's agree, so do the codes.
+    same = (actual["k"] == expected["k"]).all(-2)
+    # Orders differ by 2^-22 of sum|x| / S = 0.8, the means are 1/sqrt(4000) = 0.016 and the
+    # spacing of bfloat16 there 2^-14: a boundary in between in one of 300 channels. A mean that
+    # does differ moves its channel's codes only, unless that one sets a scale.
+    print(f"{dtype}: codes of K equal in {same.mean():.4%} of the channels")
+    assert same.mean() > 0.98
+    np.testing.assert_array_equal(actual["q"], expected["q"])
+    np.testing.assert_array_equal(actual["q_scale"], expected["q_scale"])
+
+
+# Sizes.
+
+
+def head_of_large(shape, batch_or_head, seed):
+    """A normal bfloat16 array on the GPU, and one head of it as numpy."""
+    whole = jax.jit(lambda key: jax.random.normal(key, shape, jnp.bfloat16))(jax.random.key(seed))
+    return whole, np.asarray(jax.jit(lambda x: x[:, :, batch_or_head])(whole)[:, :, None])
+
+
+LARGE = (1, (1 << 17) + 133, 129, 128)  # 129 heads: more than 2^31 elements
+
+
+@pytest.mark.parametrize("recipe", NAMED)
+def test_more_than_2_to_the_31_keys(recipe):
+    assert math.prod(LARGE) > 2**31
+    q = reference.inputs("normal", (1, 40, 129, 128), (1, 1, 1, 128), "bfloat16")[0]
+    k, last_k = head_of_large(LARGE, 128, 1)
+    v, last_v = head_of_large(LARGE, 128, 2)
+    out, lse = jax_sage.attention(q, k, v, return_residual=True, recipe=recipe)
+    expected = reference.analyse(q[:, :, 128:], last_k, last_v, pv=pv_of(recipe))
+    out, lse = np.asarray(out)[:, :, 128:], np.asarray(lse)[:, :, 128:]
+    reference.assert_accurate(out, lse, expected, pv=pv_of(recipe))
+
+
+@pytest.mark.parametrize("recipe", NAMED)
+def test_more_than_2_to_the_31_queries(recipe):
+    _, k, v = reference.inputs("normal", (1, 1, 129, 128), (1, 100, 129, 128), "bfloat16")
+    q, last_q = head_of_large(LARGE, 128, 3)
+    both = jax.jit(
+        lambda q, k, v: [
+            x[:, -64:, 128:]
+            for x in jax_sage.attention(q, k, v, return_residual=True, recipe=recipe)
+        ]
+    )
+    out, lse = map(np.asarray, both(q, k, v))
+    expected = reference.analyse(last_q[:, -64:], k[:, :, 128:], v[:, :, 128:], pv=pv_of(recipe))
+    reference.assert_accurate(out, lse, expected, pv=pv_of(recipe))
+
+
+@pytest.mark.parametrize("recipe", NAMED)
+def test_long_sequence_is_as_accurate(recipe):
+    """131072 keys with a biased V: sums that lost bits would show as an error that grows."""
+    errors = []
+    for length in (4096, 131072):
+        q, k, v = reference.inputs("normal", (1, 64, 4, 64), (1, length, 4, 64), "float32")
+        v = v + np.float32(0.5)
+        out, _ = attention(q, k, v, recipe=recipe)
+        errors.append(reference.relative_l1(out, reference.attention(q, k, v)[0]))
+    print(f"{recipe}: relative L1 {errors[0]:.2e} at 4096 keys, {errors[1]:.2e} at 131072")
+    # The bias stays and what the quantized terms add to it averages out as 1/sqrt(length).
+    assert errors[1] <= errors[0]
+
+
+def random_case(rng):
+    heads_per_kv = int(rng.choice([1, 1, 2, 3, 4]))
+    kv_heads = int(rng.choice([1, 1, 2]))
+    batch = int(rng.choice([1, 1, 2]))
+    longest = 256 // (batch * kv_heads)
+    length_q, length_kv = (int(x) for x in rng.integers(1, longest, 2))
+    head_dim = int(rng.integers(1, 129))
+    return {
+        "query_shape": (batch, length_q, kv_heads * heads_per_kv, head_dim),
+        "key_shape": (batch, length_kv, kv_heads, head_dim),
+        "dtype": str(rng.choice(["float16", "bfloat16", "float32"])),
+    }, {
+        "recipe": str(rng.choice(NAMED)),
+        "is_causal": bool(rng.integers(2)),
+    }
+
+
+def test_random_shapes():
+    """1000 of them against float64, each tenth against the portable path too."""
+    rng = np.random.default_rng(0)
+    for number in range(1000):
+        arrays, options = random_case(rng)
+        q, k, v = inputs("normal", **arrays, seed=number)
+        try:
+            check(q, k, v, **options)
+            if number % 10 == 0:
+                assert_near_portable(q, k, v, **options)
+        except AssertionError as error:
+            raise AssertionError(f"case {number}: {arrays} {options}") from error
+
+
+# How it runs.
+
+
+@pytest.mark.parametrize("recipe", NAMED)
+def test_the_compiled_program_calls_the_kernels(recipe):
+    x = jax.ShapeDtypeStruct((2, 100, 4, 64), jnp.bfloat16)
+    run = jax.jit(functools.partial(jax_sage.attention, recipe=recipe))
+    text = run.lower(x, x, x).compile().as_text()
+    assert text.count('custom_call_target="jax_sage_quantize"') == 1
+    assert text.count('custom_call_target="jax_sage_attention_mma"') == 1
+    # Arguments go in and results come out as they are: nothing is transposed or copied.
+    assert re.findall(r"= \S+ (transpose|copy|fusion)\(", text) == []
+
+
+GRAPH_SCRIPT = """
+import sys
+import jax, jax.numpy as jnp, numpy as np, jax_sage
+
+@jax.jit
+def f(q, k, v):
+    x, lse = jax_sage.attention(q, k, v, return_residual=True, is_causal=True)
+    y = jax_sage.attention(x * 2, k, v, recipe="8+16")
+    return x, y + 1, lse
+
+results = []
+for i in range(5):  # the first runs are not captured; each has other inputs in other buffers
+    keys = jax.random.split(jax.random.key(i), 3)
+    q, k, v = (jax.random.normal(key, (2, 300, 4, 64), jnp.bfloat16) for key in keys)
+    results += [np.asarray(x.astype(jnp.float32)) for x in f(q, k, v)]
+np.savez(sys.argv[1], *results)
+"""
+
+
+def test_cuda_graphs(tmp_path):
+    def run(name, flags):
+        env = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
+        command = [sys.executable, "-c", GRAPH_SCRIPT, str(tmp_path / name)]
+        subprocess.run(command, cwd=tmp_path, env=env, check=True)
+        with np.load(tmp_path / name) as results:
+            return list(results.values())
+
+    plain = run("plain.npz", "--xla_gpu_enable_command_buffer=")
+    graph = run("graph.npz", f"--xla_gpu_graph_min_graph_size=1 --xla_dump_to={tmp_path / 'dump'}")
+    for x, y in zip(plain, graph, strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert not np.array_equal(graph[0], graph[3])  # another input, another output
+    dumped = "".join(p.read_text(errors="ignore") for p in (tmp_path / "dump").glob("*f.*.txt"))
+    assert re.search("command_?buffer", dumped, re.IGNORECASE), "no graph was made"
+
+
+@pytest.mark.parametrize(
+    ("tool", "summary"),
+    [
+        ("memcheck", "ERROR SUMMARY: 0 errors"),
+        ("racecheck", "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"),
+    ],
+)
+def test_sanitizer(tool, summary, tmp_path):
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not on PATH")
+    script = Path(__file__).with_name("sanitizer_script.py")
+    # XLA's own kernels are not ours to check.
+    command = [sanitizer, "--tool", tool, "--kernel-regex", "kns=jax_sage"]
+    env = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    result = subprocess.run(
+        [*command, sys.executable, "-P", str(script)],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    report = result.stdout + result.stderr
+    if "Device not supported" in report:
+        pytest.skip("compute-sanitizer does not support this (virtual) device")
+    assert "all cases ran" in report, report[-3000:]
+    assert summary in report, report[-3000:]

@@ -1,0 +1,370 @@
+"""The program that is handed to XLA for a GPU, as text, and the checks of the C++ handlers.
+
+None of this needs a GPU.
+"""
+
+import functools
+import math
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_sage
+from jax_sage import RECIPES, Recipe, kernels, lowering_cuda
+
+needs_module = pytest.mark.skipif(
+    kernels.module() is None, reason="jax_sage is installed without CUDA kernels"
+)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    """Lowered for a GPU that this machine need not have."""
+    monkeypatch.setattr(kernels, "capabilities", lambda: [])
+
+
+def lower(query, key=None, *, dtype="bfloat16", vmap=False, dialect="stablehlo", **options) -> str:
+    """The program for cuda of an attention with these shapes, by default with its lse."""
+    q = jax.ShapeDtypeStruct(query, dtype)
+    k = jax.ShapeDtypeStruct(key or query, dtype)
+    f = functools.partial(jax_sage.attention, **{"return_residual": True, **options})
+    traced = jax.jit(jax.vmap(f) if vmap else f).trace(q, k, k)
+    return traced.lower(lowering_platforms=("cuda",)).as_text(dialect=dialect)
+
+
+def operations(text: str) -> list[str]:
+    return re.findall(r"stablehlo\.(\w+)", text)
+
+
+def custom_calls(text: str) -> dict[str, str]:
+    lines = [line for line in text.splitlines() if "stablehlo.custom_call" in line]
+    return {re.search(r"custom_call @(\w+)\(", line)[1]: line for line in lines}
+
+
+def tensor_types(text: str) -> list[tuple[tuple[int, ...], str]]:
+    """(dims, element type) of each type in a piece of text."""
+    found = re.findall(r"tensor<((?:\d+x)*)(\w+)>", text)
+    return [(tuple(int(d) for d in dims.split("x")[:-1]), dtype) for dims, dtype in found]
+
+
+def signature(line: str):
+    """Types of the operands and of the results of a custom call."""
+    operands, results = line.rsplit(" : ", 1)[1].split(" -> ")
+    return tensor_types(operands), tensor_types(results)
+
+
+def attribute(line: str, name: str):
+    """(value, type) of a backend_config attribute."""
+    return re.search(rf"\b{name} = (\S+) : (\w+)", line).groups()
+
+
+@needs_module
+def test_two_custom_calls_and_nothing_else():
+    """The standard layout goes in and out as it is: no transpose, copy, pad or reshape."""
+    text = lower((2, 300, 8, 128), (2, 400, 2, 128), is_causal=True)
+    assert set(operations(text)) == {"custom_call"}
+    assert list(custom_calls(text)) == ["jax_sage_quantize", "jax_sage_attention_mma"]
+    for line in custom_calls(text).values():
+        operands, results = signature(line)
+        for name, types in (("operand", operands), ("result", results)):
+            # Row-major, every one.
+            layouts = re.search(rf"{name}_layouts = \[(.*?)\](?:,|}})", line)
+            orders = re.findall(r"dense<(.*?)> : tensor", layouts[1])
+            expected = [list(reversed(range(len(dims)))) for dims, _ in types]
+            assert [[int(i) for i in re.findall(r"\d+", order)] for order in orders] == expected
+
+
+@needs_module
+def test_calls_are_typed_ffi():
+    text = lower((2, 300, 8, 128), dialect="hlo")
+    versions = re.findall(r"custom-call\(.*api_version=(\w+)", text)
+    assert versions == ["API_VERSION_TYPED_FFI"] * 2
+
+
+@needs_module
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *RECIPES.values(),
+        Recipe(smooth_k=False),
+        Recipe("int8", "fp16", "fp16"),
+        Recipe(smooth_v=False, pv_accumulator="fp32"),
+    ],
+    ids=str,
+)
+def test_attributes(recipe, is_causal):  # fmt: skip
+    calls = custom_calls(lower((2, 300, 4, 64), recipe=recipe, is_causal=is_causal, scale=-0.5))
+    quantize, attention = calls["jax_sage_quantize"], calls["jax_sage_attention_mma"]
+    value, dtype = attribute(quantize, "scale_log2")
+    assert dtype == "f32"
+    assert float(value) == pytest.approx(-0.5 * math.log2(math.e), rel=1e-6)
+    assert attribute(quantize, "smooth_k") == (str(int(recipe.smooth_k)), "i64")
+    assert attribute(quantize, "smooth_v") == (str(int(recipe.smooth_v)), "i64")
+    assert attribute(attention, "length_kv") == ("300", "i64")
+    assert attribute(attention, "is_causal") == (str(int(is_causal)), "i64")
+    assert attribute(attention, "exact_lse") == ("1", "i64")
+    assert attribute(attention, "pv_accumulator") == (recipe.pv_accumulator[2:], "i64")
+
+
+@needs_module
+def test_lse_need_not_be_exact_where_it_is_not_asked_for():
+    call = custom_calls(lower((2, 300, 4, 64), return_residual=False))["jax_sage_attention_mma"]
+    assert attribute(call, "exact_lse") == ("0", "i64")
+
+
+@needs_module
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_buffers(recipe, dtype):
+    """Exactly the documented ones: T padded to 128s, S to 64s, H to 64 or 128."""
+    text = lower((3, 2, 300, 8, 80), (3, 2, 1100, 2, 80), recipe=recipe, dtype=dtype)
+    calls = custom_calls(text)
+    operands, results = signature(calls["jax_sage_quantize"])
+    short = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}[dtype]
+    assert operands == [((3, 2, 300, 8, 80), short)] + 2 * [((3, 2, 1100, 2, 80), short)]
+    quantized = [
+        ((6, 8, 384, 128), "i8"),
+        ((6, 8, 384), "f32"),
+        ((6, 8, 384), "f32"),
+        ((6, 2, 1152, 128), "i8"),
+        ((6, 2, 18, 4), "f32"),
+        ((6, 2, 128, 1152), "f8E4M3FN") if recipe == "8+8" else ((6, 2, 1152, 128), "f16"),
+        ((6, 2, 5, 128), "f32"),
+        ((6, 2, 2, 128), "i32"),
+        ((6, 2, 128, 2), "ui32"),
+    ]
+    assert results[:9] == quantized
+    # Scratch: one part for each 512 keys.
+    assert results[9:] == [((6, 2, 3, 6, 128), "f32")]
+    operands, results = signature(calls["jax_sage_attention_mma"])
+    assert operands == quantized
+    assert results == [((3, 2, 300, 8, 80), short), ((3, 2, 300, 8), "f32")]
+
+
+@needs_module
+@pytest.mark.parametrize(
+    ("query", "key"),
+    [((300, 4, 64), (300, 4, 64)), ((1, 1, 2, 300, 6, 64), (1, 1, 2, 77, 3, 64))],
+)
+def test_ranks(query, key):
+    text = lower(query, key)
+    assert set(operations(text)) == {"custom_call"}
+    _, results = signature(custom_calls(text)["jax_sage_attention_mma"])
+    assert results == [(query, "bf16"), (query[:-1], "f32")]
+
+
+@needs_module
+def test_vmap_is_a_batch_dimension():
+    text = lower((3, 2, 100, 4, 64), vmap=True)
+    assert text.count("stablehlo.custom_call") == 2
+    assert set(operations(text)) == {"custom_call"}
+
+
+@needs_module
+def test_nothing_of_size_t_times_s():
+    """T = S = 8192: T·S in any tensor would be 2^26 elements a head; all inputs are 2^20."""
+    length, head_dim = 1 << 13, 128
+    text = lower((1, length, 1, head_dim), is_causal=True)
+    sizes = [math.prod(dims) for dims, _ in tensor_types(text)]
+    assert max(sizes) == length * head_dim
+    assert max(sizes) < length * length / 10
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_without_kernels_it_warns_and_is_portable(monkeypatch, recipe):
+    monkeypatch.setattr(kernels, "_cuda", None)
+    with pytest.warns(kernels.PortableWarning, match="portable JAX.*built without CUDA"):
+        text = lower((1, 100, 2, 40), recipe=recipe)
+    assert "stablehlo.while" in text
+    assert custom_calls(text) == {}
+
+
+@needs_module
+def test_no_warning_with_kernels():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lower((1, 100, 2, 40))
+
+
+def test_cpu_lowering_has_no_custom_call():
+    x = jax.ShapeDtypeStruct((1, 100, 2, 40), jnp.float32)
+    traced = jax.jit(jax_sage.attention).trace(x, x, x)
+    assert "custom_call" not in operations(traced.lower(lowering_platforms=("cpu",)).as_text())
+
+
+# The handlers' checks of their buffers and attributes.
+
+XLA_NAMES = {
+    "int8": "S8",
+    "int32": "S32",
+    "uint32": "U32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float8_e4m3fn": "F8E4M3FN",
+}
+QUANTIZED = ["q", "q_scale", "q_dot_mean", "k", "k_scale", "v", "channels", "first_bad",
+             "value_code_sum"]  # fmt: skip
+
+
+def describe(array):
+    return XLA_NAMES[np.dtype(array.dtype).name], list(array.shape)
+
+
+def right_call(which, recipe="8+8", query=(2, 300, 4, 80), key=(2, 1100, 2, 80)):
+    """(args, results, attrs) of a call as the lowering makes it, and the names of its buffers."""
+    q = jax.ShapeDtypeStruct(query, jnp.bfloat16)
+    k = jax.ShapeDtypeStruct(key, jnp.bfloat16)
+    f = functools.partial(lowering_cuda.quantize, scale_log2=0.2, recipe=RECIPES[recipe])
+    quantized = [describe(x) for x in jax.eval_shape(f, q, k, k)]
+    if which == "quantize":
+        v = quantized[5][1]
+        parts = ("F32", [*v[:2], 3, 6, quantized[3][1][3]])
+        attrs = {"scale_log2": 0.2, "smooth_k": 1.0, "smooth_v": 0.0}
+        return [describe(q), describe(k), describe(k)], [*quantized, parts], attrs
+    attrs = {
+        "length_kv": float(key[-3]),
+        "is_causal": 1.0,
+        "exact_lse": 0.0,
+        "pv_accumulator": 16.0,
+    }
+    return quantized, [describe(q), ("F32", list(query[:-1]))], attrs
+
+
+NAMES = {
+    "quantize": (["query", "key", "value"], [*QUANTIZED, "partials"]),
+    "attention": (QUANTIZED, ["out", "lse"]),
+}
+CALLS = [("quantize", "8+8"), ("quantize", "8+16"), ("attention", "8+8"), ("attention", "8+16")]
+
+
+def complaint(which, args, results, attrs):
+    return getattr(kernels.module(), f"check_{which}")(args, results, attrs)
+
+
+@needs_module
+@pytest.mark.parametrize(("which", "recipe"), CALLS)
+def test_right_calls_pass(which, recipe):
+    assert complaint(which, *right_call(which, recipe)) is None
+    shapes = [((300, 4, 128), (64, 1, 128)), ((1, 2, 3, 1, 4, 1), (1, 2, 3, 1100, 4, 1))]
+    for query, key in shapes:
+        call = right_call(which, recipe, query, key)
+        if which == "quantize":
+            call[1][9][1][2] = 1  # any number of parts up to the number of keys is right
+        assert complaint(which, *call) is None
+
+
+# Multiples of what they are padded to: any other size shows in the padded ones.
+TIGHT = {"query": (2, 384, 4, 64), "key": (2, 1088, 2, 64)}
+
+
+def corruptions(which, recipe):
+    """Each wrong buffer: (name, side, index in it, buffer). Side 0: arguments, 1: results."""
+    call = right_call(which, recipe, **TIGHT)
+    for side in (0, 1):
+        for i, (dtype, dims) in enumerate(call[side]):
+            name = NAMES[which][side][i]
+            for other in ("F64", "S8" if dtype != "S8" else "U8"):
+                yield name, side, i, (other, dims)
+            yield name, side, i, (dtype, [])
+            yield name, side, i, (dtype, dims[1:])
+            yield name, side, i, (dtype, [*dims, 1])
+            for axis, size in enumerate(dims):
+                for wrong in (size + 1, size * 2, 0, -1, 1 << 40):
+                    if name == "partials" and axis == 2 and 0 < wrong <= TIGHT["key"][1]:
+                        continue  # any number of parts is right
+                    yield name, side, i, (dtype, [*dims[:axis], wrong, *dims[axis + 1 :]])
+
+
+@needs_module
+@pytest.mark.parametrize(("which", "recipe"), CALLS)
+def test_each_wrong_buffer_is_reported(which, recipe):
+    tried = 0
+    for name, side, i, buffer in corruptions(which, recipe):
+        call = right_call(which, recipe, **TIGHT)
+        call[side][i] = buffer
+        message = complaint(which, *call)
+        where = f"{which}: {name} = {buffer}"
+        assert message is not None, where
+        assert message.startswith(f"jax_sage: {which}: "), (where, message)
+        # A wrong size of an argument may only be seen in a buffer that does not fit it.
+        names = [*NAMES[which][0], *NAMES[which][1], "heads"]
+        assert any(re.search(rf"\b{n}\b", message) for n in names), message
+        tried += 1
+    assert tried > 100
+
+
+@needs_module
+@pytest.mark.parametrize(("which", "recipe"), CALLS)
+def test_wrong_dtypes_are_named(which, recipe):
+    """A wrong dtype contradicts nothing else: the message must name that very buffer."""
+    for side in (0, 1):
+        for i, name in enumerate(NAMES[which][side]):
+            call = right_call(which, recipe)
+            call[side][i] = ("C64", call[side][i][1])
+            assert f"jax_sage: {which}: {name} is C64" in complaint(which, *call)
+
+
+@needs_module
+@pytest.mark.parametrize(
+    ("which", "name", "wrong"),
+    [
+        ("quantize", "scale_log2", [math.inf, math.nan]),
+        ("quantize", "smooth_k", [2, -1, 0.5]),
+        ("quantize", "smooth_v", [2, -1, math.nan]),
+        ("attention", "is_causal", [2, -1, math.nan]),
+        ("attention", "exact_lse", [2, -1, math.nan]),
+        ("attention", "pv_accumulator", [0, 8, 17, 64, math.nan]),
+        ("attention", "length_kv", [0, -1, 2.0**31, 2.0**40, math.nan]),
+    ],
+)
+def test_wrong_attributes_are_named(which, name, wrong):
+    for value in [None, *wrong]:
+        args, results, attrs = right_call(which)
+        if value is None:
+            del attrs[name]
+        else:
+            attrs[name] = value
+        message = complaint(which, args, results, attrs)
+        assert message is not None, f"{name} = {value}"
+        assert f"attribute {name}" in message
+
+
+@needs_module
+def test_length_kv_must_fit_the_buffers():
+    """1100 keys are padded to 1152: 1089 to 1152 fit, others would read past the end."""
+    for length, fits in ((1088, False), (1089, True), (1152, True), (1153, False)):
+        args, results, attrs = right_call("attention")
+        message = complaint("attention", args, results, {**attrs, "length_kv": length})
+        assert (message is None) == fits
+
+
+@needs_module
+@pytest.mark.parametrize("which", ["quantize", "attention"])
+def test_wrong_counts_are_reported(which):
+    for side, kind in ((0, "arguments"), (1, "results")):
+        for change in (lambda x: x[:-1], lambda x: [*x, x[-1]], lambda x: []):
+            call = list(right_call(which))
+            call[side] = change(call[side])
+            assert f"{len(call[side])} {kind}, expected" in complaint(which, *call)
+
+
+@needs_module
+@pytest.mark.parametrize(
+    ("query", "key", "message"),
+    [
+        ((2, 300, 5, 80), (2, 1100, 2, 80), "5 query heads are not a multiple of 2"),
+        ((2, 300, 4, 129), (2, 1100, 2, 129), "head_dim is 129, allowed: 1 to 128"),
+        ((3, 300, 4, 80), (2, 1100, 2, 80), "does not fit query"),
+        ((2, 300, 4, 64), (2, 1100, 2, 80), "does not fit query"),
+    ],
+)
+def test_inputs_that_do_not_fit_together(query, key, message):
+    args, results, attrs = right_call("quantize")
+    args = [("BF16", list(query)), ("BF16", list(key)), ("BF16", list(key))]
+    assert message in complaint("quantize", args, results, attrs)
