@@ -190,6 +190,7 @@ std::string CheckAttention(const std::vector<Buffer>& args, const std::vector<Bu
   lse_dims.pop_back();
   check.Is("lse", results[1], "F32", lse_dims);
   check.Flag(attrs, "is_causal");
+  check.Flag(attrs, "exact_lse");
   const double accumulator = check.Attribute(attrs, "pv_accumulator");
   check.Require(accumulator == 16 || accumulator == 32,
                 "attribute pv_accumulator must be 16 or 32");

@@ -11,6 +11,9 @@
 #include "checks.h"
 #include "mma/attention.h"
 #include "quantize/quantize.h"
+#ifdef JAX_SAGE_SM90
+#include "sm90/attention.h"
+#endif
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_sage {
@@ -132,7 +135,8 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffe
 
 ffi::Error AttentionMmaImpl(cudaStream_t stream, ffi::RemainingArgs args,
                             ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse,
-                            int64_t length_kv, int64_t is_causal, int64_t pv_accumulator) {
+                            int64_t length_kv, int64_t is_causal, int64_t exact_lse,
+                            int64_t pv_accumulator) {
   std::vector<ffi::AnyBuffer> in;
   std::vector<Buffer> described;
   for (size_t i = 0; i < args.size(); ++i) {
@@ -146,6 +150,7 @@ ffi::Error AttentionMmaImpl(cudaStream_t stream, ffi::RemainingArgs args,
       CheckAttention(described, {Describe(*out), Describe(*lse)},
                      {{"length_kv", static_cast<double>(length_kv)},
                       {"is_causal", static_cast<double>(is_causal)},
+                      {"exact_lse", static_cast<double>(exact_lse)},
                       {"pv_accumulator", static_cast<double>(pv_accumulator)}},
                      &sizes);
   if (!message.empty()) return Invalid(message);
@@ -172,11 +177,23 @@ ffi::Error AttentionMmaImpl(cudaStream_t stream, ffi::RemainingArgs args,
   params.head_dim = static_cast<int>(sizes.head_dim);
   params.padded_head_dim = static_cast<int>(sizes.padded_head_dim);
   params.is_causal = is_causal != 0;
+  params.exact_lse = exact_lse != 0;
   params.out_type = InputType(*out);
   const bool fp16_accumulator = pv_accumulator == 16;
   if (!sizes.fp8_value) {
     return FromCuda("attention", LaunchAttentionFp16(params, fp16_accumulator, stream));
   }
+#ifdef JAX_SAGE_SM90
+  int device = 0, major = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  }
+  if (error != cudaSuccess) return FromCuda("attention", error);
+  if (major == 9 && fp16_accumulator) {
+    return FromCuda("attention", sm90::LaunchAttentionFp8(params, stream));
+  }
+#endif
 #ifdef JAX_SAGE_NO_FP8_MMA
   return Invalid(
       "jax_sage: attention: no architecture of this build has E4M3 matrix instructions (sm_89 and "
@@ -209,5 +226,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageAttentionMma, jax_sage::AttentionMmaImpl,
                                   .Ret<xla::ffi::AnyBuffer>()  // lse [*B, T, N]
                                   .Attr<int64_t>("length_kv")
                                   .Attr<int64_t>("is_causal")
+                                  .Attr<int64_t>("exact_lse")
                                   .Attr<int64_t>("pv_accumulator"),
                               {xla::ffi::Traits::kCmdBufferCompatible});

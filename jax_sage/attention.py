@@ -98,6 +98,7 @@ def attention(
             value,
             scale_log2=scale * math.log2(math.e),
             is_causal=bool(is_causal),
+            exact_lse=bool(return_residual),
             recipe=chosen,
         )
     return (out, lse) if return_residual else out
@@ -136,7 +137,9 @@ def _check_arrays(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
 def _check_scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return 1 / math.sqrt(head_dim)
-    if isinstance(scale, jax.core.Tracer) or not isinstance(scale, numbers.Real | np.ndarray):
+    if not isinstance(scale, numbers.Real) and not (
+        isinstance(scale, np.ndarray) and scale.ndim == 0
+    ):
         raise TypeError(
             f"scale is a {type(scale).__name__}; it must be a Python number: it is a constant of "
             "the compiled program. Multiply query by a traced scale instead."

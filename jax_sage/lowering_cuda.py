@@ -30,6 +30,7 @@ def attention(
     *,
     scale_log2: float,
     is_causal: bool,
+    exact_lse: bool,
     recipe: Recipe,
 ) -> tuple[jax.Array, jax.Array]:
     reason = kernels.why_unavailable(recipe)
@@ -54,6 +55,7 @@ def attention(
         *quantized,
         length_kv=np.int64(key.shape[-3]),
         is_causal=np.int64(is_causal),
+        exact_lse=np.int64(exact_lse),
         pv_accumulator=np.int64({"fp16": 16, "fp32": 32}[recipe.pv_accumulator]),
     )
     return out, lse
@@ -88,7 +90,7 @@ def quantize(
         array(jnp.float8_e4m3fn, batch, kv_heads, hp, sp)
         if recipe.pv == "fp8"
         else array(jnp.float16, batch, kv_heads, sp, hp),  # v
-        # Mean of K; mean of V, the same rounded to bfloat16; scale of V and its inverse.
+        # Mean of K; mean of V, the same rounded to bfloat16; scale of V, 2^8 over it.
         array(jnp.float32, batch, kv_heads, 5, hp),  # channels
         array(jnp.int32, batch, kv_heads, 2, hp),  # first position not finite: of K, of V
         # 64-bit integers, which JAX has only with jax_enable_x64.

@@ -1,7 +1,8 @@
 """The primitive ``sage_attention``: abstract evaluation, batching, differentiation, lowering.
 
-``attention_p.bind(q, k, v, scale_log2=, is_causal=, recipe=)`` -> (out, lse), with the layouts of
-:func:`jax_sage.attention`. ``scale_log2`` is the softmax scale times log2(e).
+``attention_p.bind(q, k, v, scale_log2=, is_causal=, exact_lse=, recipe=)`` -> (out, lse), with the
+layouts of :func:`jax_sage.attention`. ``scale_log2`` is the softmax scale times log2(e). Without
+``exact_lse`` a kernel may take lse from the sum of the rounded P, which saves a pass over P.
 """
 
 import functools
@@ -39,9 +40,10 @@ def _abstract_eval(
     *,
     scale_log2: float,
     is_causal: bool,
+    exact_lse: bool,
     recipe: Recipe,
 ) -> tuple[jax.core.ShapedArray, jax.core.ShapedArray]:
-    del key, value, scale_log2, is_causal, recipe
+    del key, value, scale_log2, is_causal, exact_lse, recipe
     return query.update(weak_type=False), query.update(
         shape=query.shape[:-1], dtype=jnp.dtype(jnp.float32), weak_type=False
     )
@@ -70,7 +72,13 @@ def _jvp(primals: Sequence[jax.Array], tangents: Sequence[Any], **params: Any) -
 
 ad.primitive_jvps[attention_p] = _jvp
 
-_lower_portable = mlir.lower_fun(portable.attention, multiple_results=True)
+
+def _portable(*operands: jax.Array, exact_lse: bool, **params: Any) -> Sequence[jax.Array]:
+    del exact_lse  # always
+    return portable.attention(*operands, **params)
+
+
+_lower_portable = mlir.lower_fun(_portable, multiple_results=True)
 _lower_cuda = mlir.lower_fun(lowering_cuda.attention, multiple_results=True)
 mlir.register_lowering(attention_p, _lower_portable)
 mlir.register_lowering(attention_p, _lower_cuda, platform="cuda")

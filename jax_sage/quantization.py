@@ -28,6 +28,7 @@ INT8_MAX = 127.0
 ABSMAX_FLOOR = 2.0**-100
 # A channel mean beyond this is not subtracted: x - mean could overflow.
 MEAN_MAX = 2.0**100
+DOWNSCALE = 2.0**8
 NEVER = np.iinfo(np.int32).max  # first_bad of a channel that is finite everywhere
 
 _f32 = np.float32
@@ -129,7 +130,9 @@ def quantize_value(
     """Codes [*B, K, Sp, H] of v - v̄ with absolute maximum V_MAX, and scales [*B, K, H]."""
     centered = v - v_mean[..., None, :]
     absmax = jnp.maximum(jnp.max(jnp.abs(centered), axis=-2), _f32(ABSMAX_FLOOR))
-    scaled = _pad_tokens(centered * (_f32(V_MAX) / absmax)[..., None, :])
+    # In two steps: V_MAX / absmax may be below the smallest normal number, which XLA flushes to 0.
+    inverse = (_f32(V_MAX * DOWNSCALE) / absmax)[..., None, :]
+    scaled = _pad_tokens(centered * _f32(1 / DOWNSCALE) * inverse)
     if recipe.pv == "fp8":
         codes = round_e4m3(scaled).astype(jnp.float8_e4m3fn)
     else:
@@ -169,10 +172,11 @@ def quantize(
 
     # Restoring mean(V) - mean(dequantized V), not v̄, cancels the rounding errors of V as far as
     # the attention is uniform: -12 % error on normal inputs, for one integer sum per channel.
+    # Where the average is 0 (or was too large to subtract), nothing was taken from V.
     v_offset = v_mean
     if recipe.smooth_v:
         code_mean = jnp.sum(v_codes.astype(jnp.float32), axis=-2) * _f32(1 / length)
-        v_offset = v_average - v_scale * code_mean
+        v_offset = jnp.where(v_average == 0, _f32(0), v_average - v_scale * code_mean)
 
     return Quantized(
         q_codes,

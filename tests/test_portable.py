@@ -1,13 +1,17 @@
 """The portable path, on the CPU of any machine."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import reference
-from suite import AttentionSuite
+from suite import BOTH_MASKS, MORE_RECIPES, AttentionSuite, attention
 
 import jax_sage
+from jax_sage import RECIPES, quantization
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +22,62 @@ def on_cpu():
 
 class TestPortable(AttentionSuite):
     """The common tests."""
+
+
+ALL_RECIPES = {**RECIPES, **MORE_RECIPES}
+
+
+def two_level_sums(x, recipe, length_kv, is_causal):
+    """out and lse from quantized operands of one batch entry and equal heads, in numpy."""
+    p_type, keys = (ml_dtypes.float8_e4m3fn, 32) if recipe.pv == "fp8" else (np.float16, 16)
+    partial_type = {"fp16": np.float16, "fp32": np.float32}[recipe.pv_accumulator]
+    heads, length_q, head_dim = x.q.shape
+    row_max = np.full((heads, length_q, 1), -np.inf)
+    row_sum, total = 0.0, np.zeros((heads, length_q, head_dim + 1))
+    for first in range(0, x.k.shape[1], 64):
+        block = slice(first, first + 64)
+        products = x.q.astype(np.float64) @ np.swapaxes(x.k[:, block].astype(np.float64), 1, 2)
+        k_scale = x.k_scale[:, first // 64, (np.arange(64) % 8) // 2]
+        scales = x.q_scale[..., None] * k_scale[:, None]  # float32, as all scores
+        scores = products.astype(np.float32) * scales
+        columns = np.arange(first, first + 64)
+        visible = np.broadcast_to(columns < length_kv, (length_q, 64))
+        if is_causal:
+            visible = visible & (columns <= np.arange(length_q)[:, None])
+        scores = np.where(visible, scores, -np.inf).astype(np.float64)
+        new_max = np.maximum(row_max, np.ceil(scores.max(-1, keepdims=True)))
+        p = np.exp2(scores - new_max + 6)  # the largest P is in (32, 64]
+        rescale = np.exp2(row_max - new_max)
+        row_max, row_sum = new_max, row_sum * rescale + p.sum(-1, keepdims=True)
+        p = p.astype(np.float32).astype(p_type).astype(np.float64)
+        v = x.v[:, block].astype(np.float64)
+        v = np.concatenate([v, np.ones_like(v[..., :1])], axis=-1)
+        partial = np.zeros(total.shape)
+        for step in range(0, 64, keys):
+            step = slice(step, step + keys)
+            partial = (partial + p[..., step] @ v[:, step]).astype(partial_type).astype(np.float64)
+        total = total * rescale + partial
+    out = total[..., :-1] / total[..., -1:] * x.v_scale[:, None] + x.v_offset[:, None]
+    lse = (row_max + np.log2(row_sum) - 6)[..., 0] + x.q_dot_mean
+    return np.moveaxis(out, 0, 1), np.moveaxis(lse, 0, 1) * math.log(2)
+
+
+@pytest.mark.parametrize("recipe", ALL_RECIPES.values(), ids=ALL_RECIPES)
+@BOTH_MASKS
+def test_sums_are_those_of_the_recipe(recipe, is_causal):
+    """Bounds on errors cannot tell how P and the sums were rounded; another implementation can."""
+    q, k, v = (x[0] for x in reference.inputs("normal", (1, 200, 4, 64), (1, 290, 4, 64)))
+    out, lse = attention(q, k, v, recipe=recipe, is_causal=is_causal)
+    run = jax.jit(quantization.quantize, static_argnames=("scale_log2", "recipe"))
+    x = run(q, k, v, scale_log2=math.log2(math.e) / 8, recipe=recipe)
+    x = quantization.Quantized(*map(np.asarray, x))
+    other, other_lse = two_level_sums(x, recipe, 290, is_causal)
+    expected = reference.analyse(q, k, v, is_causal=is_causal)
+    # exp2 in FP32 moves a P over a boundary of E4M3 (one every 2^-3) in about one element of 10^5:
+    # 3e-3 of the rows have one term of 290 that is off by 2^-3, others by FP32 alone. FP16 sums
+    # that were not rounded, or rounded elsewhere, would be 3e-4 off; see test_gpu.py.
+    assert np.abs(out - other).mean() <= 1e-4 * expected.typical.mean()
+    np.testing.assert_allclose(lse, other_lse, rtol=2.0**-19, atol=2.0**-19)
 
 
 # The project's own bounds on relative L1 error: B=1, 8 heads, N=4096, D=128. SageAttention's

@@ -17,6 +17,7 @@ constexpr float kVMax = 3.75f;
 constexpr float kInt8Max = 127.0f;
 constexpr float kAbsmaxFloor = 0x1p-100f;
 constexpr float kMeanMax = 0x1p100f;
+constexpr float kDownscale = 0x1p8f;
 constexpr int32_t kNever = 0x7fffffff;
 
 // Codes of V are summed as integers in units of the smallest FP16 number: the sum does not depend
@@ -26,10 +27,10 @@ constexpr float kCodeUnit = 0x1p-24f;
 // Rows of the `channels` buffer [B, K, kChannelRows, Hp].
 enum ChannelRow : int {
   kKeyMean = 0,       // subtracted from K
-  kValueAverage = 1,  // mean of V; 0 without smoothing
+  kValueAverage = 1,  // mean of V; 0 where V is not smoothed
   kValueMean = 2,     // subtracted from V: the average rounded to bfloat16
   kValueScale = 3,
-  kValueInverse = 4,  // 1 / scale, computed by its own division
+  kValueInverse = 4,  // kDownscale / scale, computed by its own division
   kChannelRows = 5,
 };
 
@@ -41,12 +42,5 @@ enum class DType : int { kF16, kBf16, kF32 };
 // FP8 V is stored transposed, [Hp, Sp], and permuted within each 16 keys: position 4t + 2h + e
 // holds key 8h + 2t + e. Thread t of a quad holds the keys {2t, 2t+1, 8+2t, 8+2t+1} of QK^T's
 // C fragments and needs the positions 4t..4t+3 of PV's A fragment: no exchange between threads.
-#ifdef __CUDACC__
-__host__ __device__
-#endif
-constexpr int PermutedKey(int key) {
-  const int low = key & 15;
-  return (key & ~15) | (((low >> 1) & 3) << 2) | ((low >> 3) << 1) | (low & 1);
-}
 
 }  // namespace jax_sage

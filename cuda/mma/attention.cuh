@@ -15,21 +15,14 @@
 // before rounding.
 #pragma once
 
-#include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <math_constants.h>
 
-#include <limits>
-#include <type_traits>
-
+#include "common/epilogue.cuh"
 #include "common/layout.h"
 #include "common/ptx.cuh"
 #include "mma/attention.h"
 
 namespace jax_sage::mma {
-
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 // Byte offset in a tile of rows of kRowBytes, 16-byte chunks swizzled so that the eight rows that
 // ldmatrix reads at once lie in different banks.
@@ -114,6 +107,7 @@ struct Traits {
   static constexpr int kTilesN = kBlockKv / 8;
   static constexpr int kSteps = kBlockKv / Pv::kInstructionKeys;
   static constexpr int kStages = 2;
+  static constexpr int kCtasPerSm = 8 / kWarps;  // eight warps an SM leave 255 registers a thread
   static constexpr int kQBytes = kBlockQ * kHeadDim;
   static constexpr int kKBytes = kBlockKv * kHeadDim;
   static constexpr int kVRows = Pv::kTransposedV ? kHeadDim : kBlockKv;
@@ -193,58 +187,8 @@ __device__ __forceinline__ void Softmax(const int32_t (&s)[kBlockKv / 8][4],
   }
 }
 
-template <class Out>
-__device__ __forceinline__ Out Convert(float x) {
-  if constexpr (sizeof(Out) == 4) {
-    return x;
-  } else if constexpr (std::is_same_v<Out, __half>) {
-    return __float2half_rn(x);
-  } else {
-    return __float2bfloat16_rn(x);
-  }
-}
-
-// One row's 2 channels of each 8-column tile.
-template <class Out, int kTiles>
-__device__ __forceinline__ void StoreRow(Out* out, const float (&o)[kTiles][4], int half, int lane,
-                                         int head_dim) {
-  const bool pairs = head_dim % 2 == 0;  // then every pair is aligned
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-    const int channel = 8 * n + 2 * (lane & 3);
-    if (pairs && channel < head_dim) {
-      struct alignas(2 * sizeof(Out)) Pair {
-        Out x, y;
-      };
-      *reinterpret_cast<Pair*>(out + channel) =
-          Pair{Convert<Out>(o[n][2 * half]), Convert<Out>(o[n][2 * half + 1])};
-    } else {
-      if (channel < head_dim) out[channel] = Convert<Out>(o[n][2 * half]);
-      if (channel + 1 < head_dim) out[channel + 1] = Convert<Out>(o[n][2 * half + 1]);
-    }
-  }
-}
-
-struct Position {
-  int first_row;    // of this CTA's queries
-  int64_t head;     // batch * N + query head
-  int64_t kv_head;  // batch * K + key/value head
-};
-
-__device__ __forceinline__ Position FindPosition(const AttentionParams& params) {
-  const unsigned q_tiles = (params.length_q + kBlockQ - 1) / kBlockQ;
-  const unsigned all_heads = gridDim.x / q_tiles;
-  // Causal: the longest tiles first, over all heads, so that the short ones fill the end.
-  const unsigned q_index =
-      params.is_causal ? q_tiles - 1 - blockIdx.x / all_heads : blockIdx.x % q_tiles;
-  const unsigned head = params.is_causal ? blockIdx.x % all_heads : blockIdx.x / q_tiles;
-  const unsigned group = params.heads / params.kv_heads;
-  // Query heads are in the order of their key/value heads, so the group divides both at once.
-  return {static_cast<int>(q_index) * kBlockQ, head, head / group};
-}
-
 template <class T>
-__global__ void __launch_bounds__(T::kThreads)
+__global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
     AttentionKernel(const __grid_constant__ AttentionParams params) {
   using Pv = typename T::Pv;
   using Acc = typename T::Acc;
@@ -401,69 +345,19 @@ __global__ void __launch_bounds__(T::kThreads)
     }
   }
 
-  // Epilogue: divide by the row sum, undo V's scale and mean, mark what is not finite.
-  const float* channels = params.channels + position.kv_head * kChannelRows * kHeadDim;
-  const int32_t* first_bad = params.first_bad + position.kv_head * kBadRows * kHeadDim;
-  const long long* code_sum = params.value_code_sum + position.kv_head * kHeadDim;
-  const float per_key = static_cast<float>(1.0 / params.length_kv);
+  // Q is done with: its memory takes the table of channels.
+  using Table = ChannelTable<kHeadDim>;
+  static_assert(sizeof(Table) <= T::kQBytes);
+  Table& table = *reinterpret_cast<Table*>(shared_memory);
+  const Position here = FindPosition(params);
+  __syncthreads();
+  PrepareChannels(table, params, here, threadIdx.x, T::kThreads);
+  __syncthreads();
 #pragma unroll
   for (int m = 0; m < T::kTilesM; ++m) {
-    float inverse[2];
-    int last_key[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = warp_row + m * 16 + half * 8 + lane / 4;
-      last_key[half] = params.is_causal ? min(row, params.length_kv - 1) : params.length_kv - 1;
-      inverse[half] = 1.0f / state[m].quantized_sum[half];
-    }
-#pragma unroll
-    for (int n = 0; n < kTilesD; ++n) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int channel = 8 * n + 2 * (lane & 3) + e;
-        const float scale = channels[kValueScale * kHeadDim + channel];
-        const float code_mean =
-            static_cast<float>(static_cast<double>(code_sum[channel]) * kCodeUnit) * per_key;
-        const float offset = channels[kValueAverage * kHeadDim + channel] - scale * code_mean;
-        const int32_t bad = first_bad[kBadValue * kHeadDim + channel];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float& x = o[m][n][2 * half + e];
-          x = x * inverse[half] * scale + offset;
-          if (state[m].quantized_sum[half] == 0) x = 0;
-          if (bad <= last_key[half]) x = kNan;
-        }
-      }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = warp_row + m * 16 + half * 8 + lane / 4;
-      float sum = state[m].sum[half];
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      if (row >= params.length_q) continue;
-      const int64_t token = position.head / params.heads * params.length_q + row;
-      const int64_t out_row = token * params.heads + position.head % params.heads;
-      if ((lane & 3) == 0) {
-        float lse = CUDART_LN2_F * (state[m].max[half] + log2f(sum) - kLog2PMax +
-                                    params.q_dot_mean[position.head * params.padded_q + row]);
-        if (first_bad[kBadKey * kHeadDim] <= last_key[half]) lse = kNan;
-        params.lse[out_row] = lse;
-      }
-      const int64_t offset = out_row * params.head_dim;
-      switch (params.out_type) {
-        case DType::kF16:
-          StoreRow(static_cast<__half*>(params.out) + offset, o[m], half, lane, params.head_dim);
-          break;
-        case DType::kBf16:
-          StoreRow(static_cast<__nv_bfloat16*>(params.out) + offset, o[m], half, lane,
-                   params.head_dim);
-          break;
-        case DType::kF32:
-          StoreRow(static_cast<float*>(params.out) + offset, o[m], half, lane, params.head_dim);
-          break;
-      }
-    }
+    FinishRows<kHeadDim>(params, here, table,
+                         here.first_row + (warp * T::kTilesM + m) * 16 + lane / 4, lane, o[m], state[m].max,
+                         state[m].sum, state[m].quantized_sum);
   }
 }
 

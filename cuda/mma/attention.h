@@ -32,6 +32,7 @@ struct AttentionParams {
   int head_dim;
   int padded_head_dim;
   bool is_causal;
+  bool exact_lse;  // if not, lse may come from the sum of the rounded P
   DType out_type;
 };
 

@@ -52,6 +52,14 @@ __device__ __forceinline__ void LoadChannels(float (&x)[kVector], const In* row,
   }
 }
 
+// Eight floats, aligned to 16 bytes.
+__device__ __forceinline__ void LoadFloats(float (&x)[kVector], const float* from) {
+  const float4 low = __ldg(reinterpret_cast<const float4*>(from));
+  const float4 high = __ldg(reinterpret_cast<const float4*>(from) + 1);
+  x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
+  x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+}
+
 __device__ __forceinline__ float FiniteOrZero(float x) { return isfinite(x) ? x : 0.0f; }
 
 // How the threads of a CTA cover rows of kHeadDim channels.
@@ -108,6 +116,7 @@ __global__ void __launch_bounds__(kThreads) PartialStatistics(const QuantizePara
     bad_v[i] = kNever;
   }
   const int end = Begin(part + 1, params.length_kv, params.parts);
+#pragma unroll 2
   for (int token = Begin(part, params.length_kv, params.parts) + C::Row(); token < end;
        token += C::kRows) {
     float k[kVector], v[kVector];
@@ -126,15 +135,21 @@ __global__ void __launch_bounds__(kThreads) PartialStatistics(const QuantizePara
   }
 
   // Put the rows of the CTA together, always in the same order.
-  __shared__ float shared[kPartialRows][C::kRows][kHeadDim];
+  __shared__ alignas(16) float shared[kPartialRows][C::kRows][kHeadDim];
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    shared[kSumK][C::Row()][channel + i] = sum_k[i];
-    shared[kSumV][C::Row()][channel + i] = sum_v[i];
-    shared[kMaxV][C::Row()][channel + i] = max_v[i];
-    shared[kMinV][C::Row()][channel + i] = min_v[i];
-    shared[kFirstBadK][C::Row()][channel + i] = __int_as_float(bad_k);
-    shared[kFirstBadV][C::Row()][channel + i] = __int_as_float(bad_v[i]);
+  for (int i = 0; i < kVector; i += 4) {
+    const auto put = [&](PartialRow row, float x0, float x1, float x2, float x3) {
+      *reinterpret_cast<float4*>(&shared[row][C::Row()][channel + i]) =
+          make_float4(x0, x1, x2, x3);
+    };
+    const float bad = __int_as_float(bad_k);
+    put(kSumK, sum_k[i], sum_k[i + 1], sum_k[i + 2], sum_k[i + 3]);
+    put(kSumV, sum_v[i], sum_v[i + 1], sum_v[i + 2], sum_v[i + 3]);
+    put(kMaxV, max_v[i], max_v[i + 1], max_v[i + 2], max_v[i + 3]);
+    put(kMinV, min_v[i], min_v[i + 1], min_v[i + 2], min_v[i + 3]);
+    put(kFirstBadK, bad, bad, bad, bad);
+    put(kFirstBadV, __int_as_float(bad_v[i]), __int_as_float(bad_v[i + 1]),
+        __int_as_float(bad_v[i + 2]), __int_as_float(bad_v[i + 3]));
   }
   __syncthreads();
   float* out = params.partials +
@@ -195,7 +210,7 @@ __global__ void __launch_bounds__(kHeadDim) FinishStatistics(const QuantizeParam
   channels[kValueAverage * kHeadDim] = average_v;
   channels[kValueMean * kHeadDim] = mean_v;
   channels[kValueScale * kHeadDim] = absmax * (1.0f / kVMax);
-  channels[kValueInverse * kHeadDim] = __fdiv_rn(kVMax, absmax);
+  channels[kValueInverse * kHeadDim] = __fdiv_rn(kVMax * kDownscale, absmax);
   int32_t* first_bad = params.first_bad + head * (kBadRows * kHeadDim) + c;
   first_bad[kBadKey * kHeadDim] = bad_any;
   first_bad[kBadValue * kHeadDim] = min(bad_any, bad_v);
@@ -226,17 +241,21 @@ __device__ __forceinline__ void QuantizeQuery(const QuantizeParams& params, int6
                     head % params.heads * params.head_dim;
   const float* mean = params.channels + kv_head * (kChannelRows * kHeadDim) +
                       kKeyMean * kHeadDim + C::Channel();
-  float k_mean[kVector];
+  constexpr int kPasses = kBlockKv / C::kRows;
+  float loaded[kPasses][kVector] = {};  // all loads before the first use
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) k_mean[i] = mean[i];
-
-#pragma unroll
-  for (int r = 0; r < kBlockKv / C::kRows; ++r) {
+  for (int r = 0; r < kPasses; ++r) {
     const int row = first + r * C::kRows + C::Row();
-    float x[kVector] = {};
     if (row < params.length_q) {
-      LoadChannels<In, kWide>(x, query + row * stride, C::Channel(), params.head_dim);
+      LoadChannels<In, kWide>(loaded[r], query + row * stride, C::Channel(), params.head_dim);
     }
+  }
+  float k_mean[kVector];
+  LoadFloats(k_mean, mean);
+#pragma unroll
+  for (int r = 0; r < kPasses; ++r) {
+    const int row = first + r * C::kRows + C::Row();
+    float(&x)[kVector] = loaded[r];
     float absmax = 0, dot = 0, bad = 0;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
@@ -280,9 +299,16 @@ __device__ __forceinline__ void QuantizeKey(const QuantizeParams& params, int64_
     const int row = first + r * C::kRows + C::Row();
     if (row < params.length_kv) {
       LoadChannels<In, kWide>(x[r], key + row * stride, C::Channel(), params.head_dim);
+    }
+  }
+  float k_mean[kVector];
+  LoadFloats(k_mean, mean);
+#pragma unroll
+  for (int r = 0; r < kPasses; ++r) {
+    if (first + r * C::kRows + C::Row() < params.length_kv) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        x[r][i] = FiniteOrZero(x[r][i]) - mean[i];
+        x[r][i] = FiniteOrZero(x[r][i]) - k_mean[i];
         absmax = fmaxf(absmax, fabsf(x[r][i]));
       }
     }
@@ -309,11 +335,13 @@ __device__ __forceinline__ void QuantizeKey(const QuantizeParams& params, int64_
   }
 }
 
-// 3c. 64 rows of V: codes, and their sums per channel.
+// 3c. 64 rows of V: codes, and their sums per channel. A thread takes four keys whose E4M3 codes
+// are neighbours after the permutation, {2t, 2t+1, 8+2t, 8+2t+1} of 16: one word a channel.
 template <class In, bool kWide, int kHeadDim>
 __device__ __forceinline__ void QuantizeValue(const QuantizeParams& params, int64_t block) {
   using C = Cover<kHeadDim>;
-  constexpr int kPasses = kBlockKv / C::kRows;
+  constexpr int kQuads = kBlockKv / 4;
+  constexpr int kGroups = C::kThreadsPerRow;  // of kVector channels
   const int blocks = params.padded_kv / kBlockKv;
   const int first = static_cast<int>(block % blocks) * kBlockKv;
   const int64_t head = block / blocks;
@@ -321,68 +349,92 @@ __device__ __forceinline__ void QuantizeValue(const QuantizeParams& params, int6
   const int64_t stride = static_cast<int64_t>(params.kv_heads) * params.head_dim;
   const In* value = static_cast<const In*>(params.value) + batch * params.length_kv * stride +
                     head % params.kv_heads * params.head_dim;
-  const float* channels =
-      params.channels + head * (kChannelRows * kHeadDim) + C::Channel();
+  const float* channels = params.channels + head * (kChannelRows * kHeadDim);
 
-  // Transposed codes; rows 4 bytes longer than a multiple of 16 would not be aligned for 16-byte
-  // reads, so 16 bytes longer: eight channels of a thread then fall into different banks.
-  constexpr int kPitch = kBlockKv + 16;
-  __shared__ alignas(16) uint8_t transposed[kHeadDim * kPitch];
-  __shared__ int partial_sum[C::kRows][kHeadDim];
-  int sum[kVector] = {};  // at most 4 codes of 3.75 * 2^24: fits
+  __shared__ alignas(16) int quad_sum[kQuads][kHeadDim];
+  __shared__ alignas(16) uint32_t transposed[kHeadDim][kQuads];
+  const int quad = C::Row(), channel = C::Channel();
+  // Words of a channel are exchanged by its group's number: the channels that a warp writes at
+  // once lie a multiple of 128 bytes apart.
+  const int flip = channel / kVector;
+
+  if (quad < kQuads) {
+    const int first_key = quad / 4 * 16 + quad % 4 * 2;
+    float x[4][kVector] = {};
 #pragma unroll
-  for (int r = 0; r < kPasses; ++r) {
-    const int in_block = r * C::kRows + C::Row();
-    float x[kVector] = {};
-    if (first + in_block < params.length_kv) {
-      LoadChannels<In, kWide>(x, value + (first + in_block) * stride, C::Channel(),
-                              params.head_dim);
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        x[i] = (FiniteOrZero(x[i]) - channels[kValueMean * kHeadDim + i]) *
-               channels[kValueInverse * kHeadDim + i];
+    for (int j = 0; j < 4; ++j) {
+      const int row = first + first_key + j / 2 * 8 + j % 2;
+      if (row < params.length_kv) {
+        LoadChannels<In, kWide>(x[j], value + row * stride, channel, params.head_dim);
       }
     }
+    float mean[kVector], inverse[kVector];
+    LoadFloats(mean, channels + kValueMean * kHeadDim + channel);
+    LoadFloats(inverse, channels + kValueInverse * kHeadDim + channel);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int row = first + first_key + j / 2 * 8 + j % 2;
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        const float centered = FiniteOrZero(x[j][i]) - mean[i];
+        x[j][i] = row < params.length_kv ? centered * (1 / kDownscale) * inverse[i] : 0;
+      }
+    }
+    int sum[kVector];  // of four codes up to 3.75 * 2^24: fits
     if (params.fp8_value) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        const __nv_fp8_e4m3 code(x[i]);
-        transposed[(C::Channel() + i) * kPitch + PermutedKey(in_block)] = code.__x;
-        sum[i] += __float2int_rn(static_cast<float>(code) * (1 / kCodeUnit));
+        const __nv_fp8x4_e4m3 codes(make_float4(x[0][i], x[1][i], x[2][i], x[3][i]));
+        transposed[channel + i][quad ^ flip] = codes.__x;
+        const float4 rounded = static_cast<float4>(codes);
+        // Multiples of 2^-9 up to 15: exact.
+        sum[i] = __float2int_rn((rounded.x + rounded.y + rounded.z + rounded.w) * (1 / kCodeUnit));
       }
     } else {
-      alignas(16) __half codes[kVector];
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        codes[i] = __float2half_rn(x[i]);
-        sum[i] += __float2int_rn(__half2float(codes[i]) * (1 / kCodeUnit));
+      for (int i = 0; i < kVector; ++i) sum[i] = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        alignas(16) __half codes[kVector];
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          codes[i] = __float2half_rn(x[j][i]);
+          sum[i] += __float2int_rn(__half2float(codes[i]) * (1 / kCodeUnit));
+        }
+        const int64_t index =
+            head * params.padded_kv + first + first_key + j / 2 * 8 + j % 2;
+        *reinterpret_cast<uint4*>(static_cast<__half*>(params.v) + index * kHeadDim + channel) =
+            *reinterpret_cast<const uint4*>(codes);
       }
-      const int64_t index = head * params.padded_kv + first + in_block;
-      *reinterpret_cast<uint4*>(static_cast<__half*>(params.v) + index * kHeadDim +
-                                C::Channel()) = *reinterpret_cast<const uint4*>(codes);
     }
+    int4* sums = reinterpret_cast<int4*>(&quad_sum[quad][channel]);
+    sums[0] = make_int4(sum[0], sum[1], sum[2], sum[3]);
+    sums[1] = make_int4(sum[4], sum[5], sum[6], sum[7]);
   }
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) partial_sum[C::Row()][C::Channel() + i] = sum[i];
   __syncthreads();
   if (params.fp8_value) {
     uint8_t* out = static_cast<uint8_t*>(params.v) +
                    head * kHeadDim * static_cast<int64_t>(params.padded_kv) + first;
-    for (int i = threadIdx.x; i < kHeadDim * (kBlockKv / 16); i += kThreads) {
-      const int channel = i / (kBlockKv / 16), chunk = i % (kBlockKv / 16) * 16;
-      *reinterpret_cast<uint4*>(out + channel * static_cast<int64_t>(params.padded_kv) + chunk) =
-          *reinterpret_cast<const uint4*>(transposed + channel * kPitch + chunk);
+    for (int i = threadIdx.x; i < kHeadDim * (kQuads / 4); i += kThreads) {
+      const int row = i / (kQuads / 4), chunk = i % (kQuads / 4);
+      const int exchange = row / kVector % kQuads;
+      uint32_t words[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) words[j] = transposed[row][(4 * chunk + j) ^ exchange];
+      *reinterpret_cast<uint4*>(out + row * static_cast<int64_t>(params.padded_kv) + 16 * chunk) =
+          make_uint4(words[0], words[1], words[2], words[3]);
     }
   }
   if (params.smooth_v && threadIdx.x < kHeadDim) {
     long long total = 0;
 #pragma unroll
-    for (int r = 0; r < C::kRows; ++r) total += partial_sum[r][threadIdx.x];
+    for (int r = 0; r < kQuads; ++r) total += quad_sum[r][threadIdx.x];
     // Integers: the order of the additions does not show.
     atomicAdd(reinterpret_cast<unsigned long long*>(params.value_code_sum) + head * kHeadDim +
                   threadIdx.x,
               static_cast<unsigned long long>(total));
   }
+  static_assert(kGroups <= kQuads, "the exchange permutes the words of a channel");
 }
 
 // 3. Q, K and V in one launch, one CTA for each 64 rows of a head.

@@ -1,0 +1,169 @@
+// What the attention kernels share: which queries a CTA owns, and how their outputs are finished.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <math_constants.h>
+
+#include <limits>
+#include <type_traits>
+
+#include "common/layout.h"
+#include "mma/attention.h"
+
+namespace jax_sage {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+struct Position {
+  int first_row;    // of this CTA's queries
+  int64_t head;     // batch * N + query head
+  int64_t kv_head;  // batch * K + key/value head
+};
+
+__device__ __forceinline__ Position FindPosition(const AttentionParams& params) {
+  // Volatile, so that a second call computes it anew: three registers less during the main loop.
+  unsigned block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  const unsigned q_tiles = (params.length_q + kBlockQ - 1) / kBlockQ;
+  const unsigned all_heads = gridDim.x / q_tiles;
+  // Causal: the longest tiles first, over all heads, so that the short ones fill the end.
+  const unsigned q_index =
+      params.is_causal ? q_tiles - 1 - block / all_heads : block % q_tiles;
+  const unsigned head = params.is_causal ? block % all_heads : block / q_tiles;
+  const unsigned group = params.heads / params.kv_heads;
+  // Query heads are in the order of their key/value heads, so the group divides both at once.
+  return {static_cast<int>(q_index) * kBlockQ, head, head / group};
+}
+
+template <class Out>
+__device__ __forceinline__ Out Convert(float x) {
+  if constexpr (sizeof(Out) == 4) {
+    return x;
+  } else if constexpr (std::is_same_v<Out, __half>) {
+    return __float2half_rn(x);
+  } else {
+    return __float2bfloat16_rn(x);
+  }
+}
+
+// One row's 2 channels of each 8-column tile.
+template <class Out, int kTiles>
+__device__ __forceinline__ void StoreRow(Out* out, const float (&o)[kTiles][4], int half, int lane,
+                                         int head_dim) {
+  const bool pairs = head_dim % 2 == 0;  // then every pair is aligned
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    const int channel = 8 * n + 2 * (lane & 3);
+    if (pairs && channel < head_dim) {
+      struct alignas(2 * sizeof(Out)) Pair {
+        Out x, y;
+      };
+      *reinterpret_cast<Pair*>(out + channel) =
+          Pair{Convert<Out>(o[n][2 * half]), Convert<Out>(o[n][2 * half + 1])};
+    } else {
+      if (channel < head_dim) out[channel] = Convert<Out>(o[n][2 * half]);
+      if (channel + 1 < head_dim) out[channel + 1] = Convert<Out>(o[n][2 * half + 1]);
+    }
+  }
+}
+
+// What the outputs of a head need per channel, in shared memory.
+template <int kHeadDim>
+struct ChannelTable {
+  float scale[kHeadDim];       // of V
+  float offset[kHeadDim];      // what smoothing took from V
+  int32_t first_bad[kHeadDim];  // first key that makes this channel NaN
+};
+
+// Fills the table with `threads` threads; the caller synchronizes.
+template <int kHeadDim>
+__device__ __forceinline__ void PrepareChannels(ChannelTable<kHeadDim>& table,
+                                                const AttentionParams& params,
+                                                const Position& position, int thread,
+                                                int threads) {
+  const float* channels = params.channels + position.kv_head * kChannelRows * kHeadDim;
+  const int32_t* first_bad = params.first_bad + position.kv_head * kBadRows * kHeadDim;
+  const long long* code_sum = params.value_code_sum + position.kv_head * kHeadDim;
+  const float per_key = static_cast<float>(1.0 / params.length_kv);
+#pragma unroll 1
+  for (int c = thread; c < kHeadDim; c += threads) {
+    const float scale = channels[kValueScale * kHeadDim + c];
+    const float average = channels[kValueAverage * kHeadDim + c];
+    const float code_mean =
+        static_cast<float>(static_cast<double>(code_sum[c]) * kCodeUnit) * per_key;
+    table.scale[c] = scale;
+    // 0: nothing was taken from V, and nothing is given back.
+    table.offset[c] = average == 0 ? 0 : average - scale * code_mean;
+    table.first_bad[c] = first_bad[kBadValue * kHeadDim + c];
+  }
+}
+
+// The outputs of two rows, `row` and `row + 8`, of which this thread holds the channels
+// 8n + 2(lane % 4) + {0, 1}: divides by the row sum, undoes V's scale and mean, marks what is not
+// finite, and stores. `sum` is this thread's part of the sum of P before rounding.
+template <int kHeadDim>
+__device__ __forceinline__ void FinishRows(const AttentionParams& params, const Position& position,
+                                           const ChannelTable<kHeadDim>& table, int row, int lane,
+                                           float (&o)[kHeadDim / 8][4], const float (&max)[2],
+                                           const float (&sum)[2],
+                                           const float (&quantized_sum)[2]) {
+  float inverse[2];
+  int last_key[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    last_key[half] = params.is_causal ? min(row + 8 * half, params.length_kv - 1)
+                                      : params.length_kv - 1;
+    inverse[half] = 1.0f / quantized_sum[half];
+  }
+#pragma unroll
+  for (int n = 0; n < kHeadDim / 8; ++n) {
+    const int channel = 8 * n + 2 * (lane & 3);
+    const float2 scale = *reinterpret_cast<const float2*>(&table.scale[channel]);
+    const float2 offset = *reinterpret_cast<const float2*>(&table.offset[channel]);
+    const int2 bad = *reinterpret_cast<const int2*>(&table.first_bad[channel]);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float& x = o[n][2 * half];
+      float& y = o[n][2 * half + 1];
+      x = x * inverse[half] * scale.x + offset.x;
+      y = y * inverse[half] * scale.y + offset.y;
+      if (quantized_sum[half] == 0) x = y = 0;
+      if (bad.x <= last_key[half]) x = kNan;
+      if (bad.y <= last_key[half]) y = kNan;
+    }
+  }
+  const int32_t bad_key = params.first_bad[position.kv_head * kBadRows * kHeadDim +
+                                           kBadKey * kHeadDim];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float total = sum[half];
+    total += __shfl_xor_sync(0xffffffffu, total, 1);
+    total += __shfl_xor_sync(0xffffffffu, total, 2);
+    const int this_row = row + 8 * half;
+    if (this_row >= params.length_q) continue;
+    const int64_t token = position.head / params.heads * params.length_q + this_row;
+    const int64_t out_row = token * params.heads + position.head % params.heads;
+    if ((lane & 3) == 0) {
+      float lse = CUDART_LN2_F * (max[half] + log2f(total) - kLog2PMax +
+                                  params.q_dot_mean[position.head * params.padded_q + this_row]);
+      if (bad_key <= last_key[half]) lse = kNan;
+      params.lse[out_row] = lse;
+    }
+    const int64_t offset = out_row * params.head_dim;
+    switch (params.out_type) {
+      case DType::kF16:
+        StoreRow(static_cast<__half*>(params.out) + offset, o, half, lane, params.head_dim);
+        break;
+      case DType::kBf16:
+        StoreRow(static_cast<__nv_bfloat16*>(params.out) + offset, o, half, lane, params.head_dim);
+        break;
+      case DType::kF32:
+        StoreRow(static_cast<float*>(params.out) + offset, o, half, lane, params.head_dim);
+        break;
+    }
+  }
+}
+
+}  // namespace jax_sage
