@@ -38,8 +38,8 @@ class Checker {
     if (!condition) Fail(what);
   }
   void Count(const char* kind, size_t given, size_t expected) {
-    Require(given == expected, std::to_string(given) + " " + kind + ", expected " +
-                                   std::to_string(expected));
+    Require(given == expected,
+            std::to_string(given) + " " + kind + ", expected " + std::to_string(expected));
   }
   void Is(const char* name, const Buffer& buffer, const std::string& dtype,
           const std::vector<int64_t>& dims) {
@@ -72,8 +72,8 @@ bool IsInput(const std::string& dtype) {
 // Reads [*B, length, heads, head_dim].
 void ReadTokens(Checker& check, const char* name, const Buffer& buffer, int64_t& batch,
                 int64_t& length, int64_t& heads, int64_t& head_dim) {
-  check.Require(IsInput(buffer.dtype), std::string(name) + " is " + buffer.dtype +
-                                           ", expected F16, BF16 or F32");
+  check.Require(IsInput(buffer.dtype),
+                std::string(name) + " is " + buffer.dtype + ", expected F16, BF16 or F32");
   check.Require(buffer.dims.size() >= 3, std::string(name) + " has rank " +
                                              std::to_string(buffer.dims.size()) +
                                              ", expected at least 3");
@@ -105,8 +105,7 @@ void CheckQuantized(Checker& check, const std::vector<Buffer>& b, Sizes& s) {
   check.Is("q_scale", b[1], "F32", {s.batch, s.heads, s.padded_q});
   check.Is("q_dot_mean", b[2], "F32", {s.batch, s.heads, s.padded_q});
   check.Is("k", b[3], "S8", {s.batch, s.kv_heads, s.padded_kv, hp});
-  check.Is("k_scale", b[4], "F32",
-           {s.batch, s.kv_heads, s.padded_kv / kBlockKv, kKeyScales});
+  check.Is("k_scale", b[4], "F32", {s.batch, s.kv_heads, s.padded_kv / kBlockKv, kKeyScales});
   if (s.fp8_value) {
     check.Is("v", b[5], "F8E4M3FN", {s.batch, s.kv_heads, hp, s.padded_kv});
   } else {

@@ -1,5 +1,5 @@
-// Checks of the buffers and attributes of the custom calls. Apart from the XLA headers and from CUDA, so that
-// Python tests can call them on a machine without a GPU.
+// Checks of the buffers and attributes of the custom calls. Apart from the XLA headers and from
+// CUDA, so that Python tests can call them on a machine without a GPU.
 #pragma once
 
 #include <cstdint>

@@ -125,18 +125,17 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffe
   params.padded_head_dim = static_cast<int>(sizes.padded_head_dim);
   params.parts = static_cast<int>(sizes.parts);
   params.scale_log2 = scale_log2;
-  params.q_scale_factor =
-      static_cast<float>(std::fabs(static_cast<double>(scale_log2)) / kInt8Max);
+  params.q_scale_factor = static_cast<float>(std::fabs(static_cast<double>(scale_log2)) / kInt8Max);
   params.smooth_k = smooth_k != 0;
   params.smooth_v = smooth_v != 0;
   params.fp8_value = sizes.fp8_value;
   return FromCuda("quantize", LaunchQuantize(params, stream));
 }
 
-ffi::Error AttentionMmaImpl(cudaStream_t stream, ffi::RemainingArgs args,
-                            ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse,
-                            int64_t length_kv, int64_t is_causal, int64_t exact_lse,
-                            int64_t pv_accumulator) {
+ffi::Error AttentionImpl(cudaStream_t stream, ffi::RemainingArgs args,
+                         ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse,
+                         int64_t length_kv, int64_t is_causal, int64_t exact_lse,
+                         int64_t pv_accumulator) {
   std::vector<ffi::AnyBuffer> in;
   std::vector<Buffer> described;
   for (size_t i = 0; i < args.size(); ++i) {
@@ -174,6 +173,7 @@ ffi::Error AttentionMmaImpl(cudaStream_t stream, ffi::RemainingArgs args,
   params.length_kv = static_cast<int>(sizes.length_kv);
   params.padded_q = static_cast<int>(sizes.padded_q);
   params.padded_kv = static_cast<int>(sizes.padded_kv);
+  params.per_key = static_cast<float>(1.0 / static_cast<double>(sizes.length_kv));
   params.head_dim = static_cast<int>(sizes.head_dim);
   params.padded_head_dim = static_cast<int>(sizes.padded_head_dim);
   params.is_causal = is_causal != 0;
@@ -181,7 +181,7 @@ ffi::Error AttentionMmaImpl(cudaStream_t stream, ffi::RemainingArgs args,
   params.out_type = InputType(*out);
   const bool fp16_accumulator = pv_accumulator == 16;
   if (!sizes.fp8_value) {
-    return FromCuda("attention", LaunchAttentionFp16(params, fp16_accumulator, stream));
+    return FromCuda("attention", mma::LaunchAttentionFp16(params, fp16_accumulator, stream));
   }
 #ifdef JAX_SAGE_SM90
   int device = 0, major = 0;
@@ -199,7 +199,7 @@ ffi::Error AttentionMmaImpl(cudaStream_t stream, ffi::RemainingArgs args,
       "jax_sage: attention: no architecture of this build has E4M3 matrix instructions (sm_89 and "
       "newer); use recipe=\"8+16\"");
 #else
-  return FromCuda("attention", LaunchAttentionFp8(params, fp16_accumulator, stream));
+  return FromCuda("attention", mma::LaunchAttentionFp8(params, fp16_accumulator, stream));
 #endif
 }
 
@@ -218,7 +218,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageQuantize, jax_sage::QuantizeImpl,
                                   .Attr<int64_t>("smooth_v"),
                               {xla::ffi::Traits::kCmdBufferCompatible});
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageAttentionMma, jax_sage::AttentionMmaImpl,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageAttention, jax_sage::AttentionImpl,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
                                   .RemainingArgs()

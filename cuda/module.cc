@@ -29,7 +29,7 @@ nb::capsule Target(XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*)) {
 nb::dict FfiTargets() {
   nb::dict targets;
   targets["jax_sage_quantize"] = Target(JaxSageQuantize);
-  targets["jax_sage_attention_mma"] = Target(JaxSageAttentionMma);
+  targets["jax_sage_attention"] = Target(JaxSageAttention);
   return targets;
 }
 
@@ -69,18 +69,23 @@ NB_MODULE(_cuda, m) {
         "The XLA FFI handlers by custom-call name, as capsules for jax.ffi.register_ffi_target.");
   m.def("architectures", &Architectures,
         "The compute capabilities that the kernels were built for, as 10 * major + minor.");
-  m.def("source_hash", [] { return JAX_SAGE_SOURCE_HASH; },
-        "Hash of the sources that the module was built from, as jax_sage.record computes it.");
-  m.def("toolkit_version", [] { return CUDART_VERSION; },
-        "The CUDA that the module was built with, as 1000 * major + 10 * minor.");
-  m.def("driver_version", &DriverVersion,
-        "The CUDA that the machine's driver supports, as 1000 * major + 10 * minor; 0 without one.");
-  m.def("check_quantize", &Check<CheckQuantize>, nb::arg("args"), nb::arg("results"),
-        nb::arg("attrs"),
-        "What is wrong with a quantize call of these (dtype, dims) buffers and attributes, or None.");
+  m.def(
+      "source_hash", [] { return JAX_SAGE_SOURCE_HASH; },
+      "Hash of the sources that the module was built from, as jax_sage.record computes it.");
+  m.def(
+      "toolkit_version", [] { return CUDART_VERSION; },
+      "The CUDA that the module was built with, as 1000 * major + 10 * minor.");
+  m.def(
+      "driver_version", &DriverVersion,
+      "The CUDA that the machine's driver supports, as 1000 * major + 10 * minor; 0 without one.");
+  m.def(
+      "check_quantize", &Check<CheckQuantize>, nb::arg("args"), nb::arg("results"),
+      nb::arg("attrs"),
+      "What is wrong with a quantize call of these (dtype, dims) buffers and attributes, or None.");
   m.def("check_attention", &Check<CheckAttention>, nb::arg("args"), nb::arg("results"),
         nb::arg("attrs"),
-        "What is wrong with an attention call of these (dtype, dims) buffers and attributes, or None.");
+        "What is wrong with an attention call of these (dtype, dims) buffers and attributes, or "
+        "None.");
 }
 
 }  // namespace jax_sage

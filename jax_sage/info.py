@@ -84,7 +84,7 @@ def _kernel(recipe: Recipe) -> str:
     if platform != "gpu" or not kernels.capabilities():
         return f"portable JAX: the default device is a {platform}, kernels are for NVIDIA GPUs"
     reason = kernels.why_unavailable(recipe)
-    return "CUDA kernel on mma.sync" if reason is None else f"portable JAX: {reason}"
+    return f"CUDA, {kernels.family(recipe)}" if reason is None else f"portable JAX: {reason}"
 
 
 def _self_check(recipe: str) -> float:

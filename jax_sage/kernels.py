@@ -73,6 +73,14 @@ def why_unavailable(recipe: Recipe) -> str | None:
     return None
 
 
+def family(recipe: Recipe) -> str:
+    """The kernels that run `recipe` on the GPUs of this process, given that some can."""
+    hopper = all(c // 10 == 9 for c in capabilities())
+    if hopper and recipe.pv == "fp8" and recipe.pv_accumulator == "fp16":
+        return "wgmma (Hopper)"
+    return "mma.sync"
+
+
 def version_text(version: int) -> str:
     """13000 -> "13.0"."""
     return f"{version // 1000}.{version % 1000 // 10}"

@@ -46,7 +46,7 @@ def attention(
         )
     quantized = quantize(query, key, value, scale_log2=scale_log2, recipe=recipe)
     out, lse = jax.ffi.ffi_call(
-        "jax_sage_attention_mma",
+        "jax_sage_attention",
         (
             jax.ShapeDtypeStruct(query.shape, query.dtype),
             jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32),

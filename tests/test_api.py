@@ -407,7 +407,7 @@ def test_info_on_a_gpu_names_the_kernel_or_the_reason(machine, monkeypatch):
     machine(FakeModule(), 80)
     info = jax_sage.info()
     assert info.kernels["8+8"].startswith("portable JAX: E4M3 matrix instructions need sm_89")
-    assert info.kernels["8+16"] == "CUDA kernel on mma.sync"
+    assert info.kernels["8+16"] == "CUDA, mma.sync"
     assert info.versions["CUDA of the driver"] == "13.0"
     machine(None, 90)
     for kernel in jax_sage.info().kernels.values():

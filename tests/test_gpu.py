@@ -334,7 +334,7 @@ def test_the_compiled_program_calls_the_kernels(recipe):
     run = jax.jit(functools.partial(jax_sage.attention, recipe=recipe))
     text = run.lower(x, x, x).compile().as_text()
     assert text.count('custom_call_target="jax_sage_quantize"') == 1
-    assert text.count('custom_call_target="jax_sage_attention_mma"') == 1
+    assert text.count('custom_call_target="jax_sage_attention"') == 1
     # Arguments go in and results come out as they are: nothing is transposed or copied.
     assert re.findall(r"= \S+ (transpose|copy|fusion)\(", text) == []
 

@@ -67,7 +67,7 @@ def test_two_custom_calls_and_nothing_else():
     """The standard layout goes in and out as it is: no transpose, copy, pad or reshape."""
     text = lower((2, 300, 8, 128), (2, 400, 2, 128), is_causal=True)
     assert set(operations(text)) == {"custom_call"}
-    assert list(custom_calls(text)) == ["jax_sage_quantize", "jax_sage_attention_mma"]
+    assert list(custom_calls(text)) == ["jax_sage_quantize", "jax_sage_attention"]
     for line in custom_calls(text).values():
         operands, results = signature(line)
         for name, types in (("operand", operands), ("result", results)):
@@ -99,7 +99,7 @@ def test_calls_are_typed_ffi():
 )
 def test_attributes(recipe, is_causal):  # fmt: skip
     calls = custom_calls(lower((2, 300, 4, 64), recipe=recipe, is_causal=is_causal, scale=-0.5))
-    quantize, attention = calls["jax_sage_quantize"], calls["jax_sage_attention_mma"]
+    quantize, attention = calls["jax_sage_quantize"], calls["jax_sage_attention"]
     value, dtype = attribute(quantize, "scale_log2")
     assert dtype == "f32"
     assert float(value) == pytest.approx(-0.5 * math.log2(math.e), rel=1e-6)
@@ -113,7 +113,7 @@ def test_attributes(recipe, is_causal):  # fmt: skip
 
 @needs_module
 def test_lse_need_not_be_exact_where_it_is_not_asked_for():
-    call = custom_calls(lower((2, 300, 4, 64), return_residual=False))["jax_sage_attention_mma"]
+    call = custom_calls(lower((2, 300, 4, 64), return_residual=False))["jax_sage_attention"]
     assert attribute(call, "exact_lse") == ("0", "i64")
 
 
@@ -141,7 +141,7 @@ def test_buffers(recipe, dtype):
     assert results[:9] == quantized
     # Scratch: one part for each 512 keys.
     assert results[9:] == [((6, 2, 3, 6, 128), "f32")]
-    operands, results = signature(calls["jax_sage_attention_mma"])
+    operands, results = signature(calls["jax_sage_attention"])
     assert operands == quantized
     assert results == [((3, 2, 300, 8, 80), short), ((3, 2, 300, 8), "f32")]
 
@@ -154,7 +154,7 @@ def test_buffers(recipe, dtype):
 def test_ranks(query, key):
     text = lower(query, key)
     assert set(operations(text)) == {"custom_call"}
-    _, results = signature(custom_calls(text)["jax_sage_attention_mma"])
+    _, results = signature(custom_calls(text)["jax_sage_attention"])
     assert results == [(query, "bf16"), (query[:-1], "f32")]
 
 

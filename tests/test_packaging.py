@@ -240,4 +240,4 @@ def test_module_says_what_it_was_built_for(cuda_module, backend):
 
 
 def test_module_has_the_custom_calls(cuda_module):
-    assert set(cuda_module.ffi_targets()) == {"jax_sage_quantize", "jax_sage_attention_mma"}
+    assert set(cuda_module.ffi_targets()) == {"jax_sage_quantize", "jax_sage_attention"}

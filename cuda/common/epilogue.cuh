@@ -8,8 +8,8 @@
 #include <limits>
 #include <type_traits>
 
+#include "common/attention.h"
 #include "common/layout.h"
-#include "mma/attention.h"
 
 namespace jax_sage {
 
@@ -22,19 +22,26 @@ struct Position {
   int64_t kv_head;  // batch * K + key/value head
 };
 
-__device__ __forceinline__ Position FindPosition(const AttentionParams& params) {
-  // Volatile, so that a second call computes it anew: three registers less during the main loop.
-  unsigned block;
-  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+// Of query tile `block` of `blocks`.
+__device__ __forceinline__ Position FindPosition(const AttentionParams& params, unsigned block,
+                                                 unsigned blocks) {
   const unsigned q_tiles = (params.length_q + kBlockQ - 1) / kBlockQ;
-  const unsigned all_heads = gridDim.x / q_tiles;
-  // Causal: the longest tiles first, over all heads, so that the short ones fill the end.
-  const unsigned q_index =
-      params.is_causal ? q_tiles - 1 - block / all_heads : block % q_tiles;
+  const unsigned all_heads = blocks / q_tiles;
+  // Causal: the longest first, over all heads, so that the short ones fill the end.
+  const unsigned q_index = params.is_causal ? q_tiles - 1 - block / all_heads : block % q_tiles;
   const unsigned head = params.is_causal ? block % all_heads : block / q_tiles;
   const unsigned group = params.heads / params.kv_heads;
   // Query heads are in the order of their key/value heads, so the group divides both at once.
   return {static_cast<int>(q_index) * kBlockQ, head, head / group};
+}
+
+// Tiles of keys that the queries of `position` see.
+template <int kTile>
+__device__ __forceinline__ int CountTiles(const AttentionParams& params, const Position& position) {
+  const int tiles = (params.length_kv + kTile - 1) / kTile;
+  if (!params.is_causal) return tiles;
+  const int last_row = min(position.first_row + kBlockQ, params.length_q) - 1;
+  return min(tiles, last_row / kTile + 1);
 }
 
 template <class Out>
@@ -72,8 +79,8 @@ __device__ __forceinline__ void StoreRow(Out* out, const float (&o)[kTiles][4], 
 // What the outputs of a head need per channel, in shared memory.
 template <int kHeadDim>
 struct ChannelTable {
-  float scale[kHeadDim];       // of V
-  float offset[kHeadDim];      // what smoothing took from V
+  float scale[kHeadDim];        // of V
+  float offset[kHeadDim];       // what smoothing took from V
   int32_t first_bad[kHeadDim];  // first key that makes this channel NaN
 };
 
@@ -81,18 +88,16 @@ struct ChannelTable {
 template <int kHeadDim>
 __device__ __forceinline__ void PrepareChannels(ChannelTable<kHeadDim>& table,
                                                 const AttentionParams& params,
-                                                const Position& position, int thread,
-                                                int threads) {
+                                                const Position& position, int thread, int threads) {
   const float* channels = params.channels + position.kv_head * kChannelRows * kHeadDim;
   const int32_t* first_bad = params.first_bad + position.kv_head * kBadRows * kHeadDim;
   const long long* code_sum = params.value_code_sum + position.kv_head * kHeadDim;
-  const float per_key = static_cast<float>(1.0 / params.length_kv);
 #pragma unroll 1
   for (int c = thread; c < kHeadDim; c += threads) {
     const float scale = channels[kValueScale * kHeadDim + c];
     const float average = channels[kValueAverage * kHeadDim + c];
     const float code_mean =
-        static_cast<float>(static_cast<double>(code_sum[c]) * kCodeUnit) * per_key;
+        static_cast<float>(static_cast<double>(code_sum[c]) * kCodeUnit) * params.per_key;
     table.scale[c] = scale;
     // 0: nothing was taken from V, and nothing is given back.
     table.offset[c] = average == 0 ? 0 : average - scale * code_mean;
@@ -107,14 +112,13 @@ template <int kHeadDim>
 __device__ __forceinline__ void FinishRows(const AttentionParams& params, const Position& position,
                                            const ChannelTable<kHeadDim>& table, int row, int lane,
                                            float (&o)[kHeadDim / 8][4], const float (&max)[2],
-                                           const float (&sum)[2],
-                                           const float (&quantized_sum)[2]) {
+                                           const float (&sum)[2], const float (&quantized_sum)[2]) {
   float inverse[2];
   int last_key[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    last_key[half] = params.is_causal ? min(row + 8 * half, params.length_kv - 1)
-                                      : params.length_kv - 1;
+    last_key[half] =
+        params.is_causal ? min(row + 8 * half, params.length_kv - 1) : params.length_kv - 1;
     inverse[half] = 1.0f / quantized_sum[half];
   }
 #pragma unroll
@@ -134,8 +138,8 @@ __device__ __forceinline__ void FinishRows(const AttentionParams& params, const 
       if (bad.y <= last_key[half]) y = kNan;
     }
   }
-  const int32_t bad_key = params.first_bad[position.kv_head * kBadRows * kHeadDim +
-                                           kBadKey * kHeadDim];
+  const int32_t bad_key =
+      params.first_bad[position.kv_head * kBadRows * kHeadDim + kBadKey * kHeadDim];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float total = sum[half];

@@ -7,8 +7,8 @@
 
 namespace jax_sage {
 
-constexpr int kBlockQ = 128;  // queries are padded to a multiple of this
-constexpr int kBlockKv = 64;  // keys whose scales are computed together; also the key tile
+constexpr int kBlockQ = 128;   // queries are padded to a multiple of this
+constexpr int kBlockKv = 64;   // keys whose scales are computed together; also the key tile
 constexpr int kKeyScales = 4;  // per block of keys: one for the keys = {2j, 2j+1} mod 8
 
 constexpr float kPMax = 64.0f;

@@ -1,9 +1,9 @@
 // Quantized attention on mma.sync, one kernel for its family: INT8 QK^T, E4M3 or FP16 PV.
 //
 // A CTA owns kBlockQ queries of one head and walks over the keys in tiles of 64. Each warp owns
-// 16 * kTilesM queries from QK^T to the output, so the softmax needs no shared memory. K and V tiles
-// come by cp.async into two stages: tile j+1 is in flight while tile j is computed, one barrier a
-// tile.
+// 16 * kTilesM queries from QK^T to the output, so the softmax needs no shared memory. K and V
+// tiles come by cp.async into two stages: tile j+1 is in flight while tile j is computed, one
+// barrier a tile.
 //
 // Per tile: S = Q K^T in INT32; the row maximum on raw integers (a thread's columns share one K
 // scale); P = 2^(S c - m + 6), m the running maximum rounded up to an integer; P rounded to E4M3 or
@@ -143,7 +143,7 @@ __device__ __forceinline__ void LoadTile(uint32_t shared, const uint8_t* global,
 // Rows are lane / 4 (half 0) and lane / 4 + 8 (half 1).
 struct RowState {
   float max[2] = {-kInf, -kInf};  // an integer, base 2
-  float sum[2] = {0, 0};                          // of this thread's columns, P before rounding
+  float sum[2] = {0, 0};          // of this thread's columns, P before rounding
   float quantized_sum[2] = {0, 0};
 };
 
@@ -187,6 +187,13 @@ __device__ __forceinline__ void Softmax(const int32_t (&s)[kBlockKv / 8][4],
   }
 }
 
+// Volatile, so that the epilogue computes the position anew: registers for the main loop.
+__device__ __forceinline__ unsigned BlockIndex() {
+  unsigned block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block;
+}
+
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
     AttentionKernel(const __grid_constant__ AttentionParams params) {
@@ -202,14 +209,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
 
-  const Position position = FindPosition(params);
+  const Position position = FindPosition(params, BlockIndex(), gridDim.x);
   const int warp_row = position.first_row + warp * 16 * T::kTilesM;
 
-  int tiles = (params.length_kv + kBlockKv - 1) / kBlockKv;
-  if (params.is_causal) {
-    const int last_row = min(position.first_row + kBlockQ, params.length_q) - 1;
-    tiles = min(tiles, last_row / kBlockKv + 1);
-  }
+  const int tiles = CountTiles<kBlockKv>(params, position);
 
   // In global memory the keys of a tile are a range of columns of V^T, or of rows of V.
   const int64_t v_row_bytes = Pv::kTransposedV ? params.padded_kv : T::kVRowBytes;
@@ -227,8 +230,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
     const uint32_t stage = stages + (tile % T::kStages) * T::kStageBytes;
     LoadTile<kBlockKv, kHeadDim, T::kThreads>(
         stage, k_global + static_cast<int64_t>(tile) * kBlockKv * kHeadDim, kHeadDim);
-    LoadTile<T::kVRows, T::kVRowBytes, T::kThreads>(
-        stage + T::kKBytes, v_global + tile * v_tile_bytes, v_row_bytes);
+    LoadTile<T::kVRows, T::kVRowBytes, T::kThreads>(stage + T::kKBytes,
+                                                    v_global + tile * v_tile_bytes, v_row_bytes);
     if (threadIdx.x == 0) {
       ptx::CopyAsync16(stage + T::kKBytes + T::kVBytes, k_scale_global + tile * kKeyScales);
     }
@@ -237,9 +240,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
 
   LoadTile<kBlockQ, kHeadDim, T::kThreads>(q_tile, q_global, kHeadDim);
   if (threadIdx.x < T::kQScaleBytes / 16) {
-    ptx::CopyAsync16(q_scales + threadIdx.x * 16,
-                     params.q_scale + position.head * params.padded_q + position.first_row +
-                         threadIdx.x * 4);
+    ptx::CopyAsync16(q_scales + threadIdx.x * 16, params.q_scale + position.head * params.padded_q +
+                                                      position.first_row + threadIdx.x * 4);
   }
   load_kv(0);
 
@@ -336,7 +338,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const float2 x = partial[m][i].Row(half);
-            float(&acc)[4] = o[m][2 * pair + i];
+            float (&acc)[4] = o[m][2 * pair + i];
             acc[2 * half] = fmaf(acc[2 * half], alpha[m][half], x.x);
             acc[2 * half + 1] = fmaf(acc[2 * half + 1], alpha[m][half], x.y);
           }
@@ -349,15 +351,15 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
   using Table = ChannelTable<kHeadDim>;
   static_assert(sizeof(Table) <= T::kQBytes);
   Table& table = *reinterpret_cast<Table*>(shared_memory);
-  const Position here = FindPosition(params);
+  const Position here = FindPosition(params, BlockIndex(), gridDim.x);
   __syncthreads();
   PrepareChannels(table, params, here, threadIdx.x, T::kThreads);
   __syncthreads();
 #pragma unroll
   for (int m = 0; m < T::kTilesM; ++m) {
-    FinishRows<kHeadDim>(params, here, table,
-                         here.first_row + (warp * T::kTilesM + m) * 16 + lane / 4, lane, o[m], state[m].max,
-                         state[m].sum, state[m].quantized_sum);
+    const int row = here.first_row + (warp * T::kTilesM + m) * 16 + lane / 4;
+    FinishRows<kHeadDim>(params, here, table, row, lane, o[m], state[m].max, state[m].sum,
+                         state[m].quantized_sum);
   }
 }
 
@@ -369,8 +371,8 @@ cudaError_t Launch(const AttentionParams& params, cudaStream_t stream) {
   const cudaError_t error = cudaFuncSetAttribute(
       AttentionKernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes);
   if (error != cudaSuccess) return error;
-  AttentionKernel<T><<<static_cast<unsigned>(blocks), T::kThreads, T::kSharedBytes, stream>>>(
-      params);
+  AttentionKernel<T>
+      <<<static_cast<unsigned>(blocks), T::kThreads, T::kSharedBytes, stream>>>(params);
   return cudaGetLastError();
 }
 

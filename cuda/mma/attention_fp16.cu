@@ -2,11 +2,10 @@
 // memory (64 KiB a CTA at head_dim 128), so the warps of an SM come from one CTA.
 #include "mma/attention.cuh"
 
-namespace jax_sage {
+namespace jax_sage::mma {
 
 cudaError_t LaunchAttentionFp16(const AttentionParams& params, bool fp16_accumulator,
                                 cudaStream_t stream) {
-  using namespace mma;
   if (params.padded_head_dim == 64) {
     return fp16_accumulator ? Launch<Traits<PvFp16, AccF16, 64, 8>>(params, stream)
                             : Launch<Traits<PvFp16, AccF32, 64, 8>>(params, stream);
@@ -15,4 +14,4 @@ cudaError_t LaunchAttentionFp16(const AttentionParams& params, bool fp16_accumul
                           : Launch<Traits<PvFp16, AccF32, 128, 8>>(params, stream);
 }
 
-}  // namespace jax_sage
+}  // namespace jax_sage::mma

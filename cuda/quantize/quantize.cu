@@ -102,7 +102,8 @@ __global__ void __launch_bounds__(kThreads) PartialStatistics(const QuantizePara
   const int64_t head = blockIdx.x / params.parts;  // batch * K + head
   const int64_t batch = head / params.kv_heads;
   const int64_t stride = static_cast<int64_t>(params.kv_heads) * params.head_dim;
-  const int64_t first = batch * params.length_kv * stride + head % params.kv_heads * params.head_dim;
+  const int64_t first =
+      batch * params.length_kv * stride + head % params.kv_heads * params.head_dim;
   const In* key = static_cast<const In*>(params.key) + first;
   const In* value = static_cast<const In*>(params.value) + first;
   const int channel = C::Channel();
@@ -139,8 +140,7 @@ __global__ void __launch_bounds__(kThreads) PartialStatistics(const QuantizePara
 #pragma unroll
   for (int i = 0; i < kVector; i += 4) {
     const auto put = [&](PartialRow row, float x0, float x1, float x2, float x3) {
-      *reinterpret_cast<float4*>(&shared[row][C::Row()][channel + i]) =
-          make_float4(x0, x1, x2, x3);
+      *reinterpret_cast<float4*>(&shared[row][C::Row()][channel + i]) = make_float4(x0, x1, x2, x3);
     };
     const float bad = __int_as_float(bad_k);
     put(kSumK, sum_k[i], sum_k[i + 1], sum_k[i + 2], sum_k[i + 3]);
@@ -239,8 +239,8 @@ __device__ __forceinline__ void QuantizeQuery(const QuantizeParams& params, int6
   const int64_t stride = static_cast<int64_t>(params.heads) * params.head_dim;
   const In* query = static_cast<const In*>(params.query) + batch * params.length_q * stride +
                     head % params.heads * params.head_dim;
-  const float* mean = params.channels + kv_head * (kChannelRows * kHeadDim) +
-                      kKeyMean * kHeadDim + C::Channel();
+  const float* mean =
+      params.channels + kv_head * (kChannelRows * kHeadDim) + kKeyMean * kHeadDim + C::Channel();
   constexpr int kPasses = kBlockKv / C::kRows;
   float loaded[kPasses][kVector] = {};  // all loads before the first use
 #pragma unroll
@@ -255,7 +255,7 @@ __device__ __forceinline__ void QuantizeQuery(const QuantizeParams& params, int6
 #pragma unroll
   for (int r = 0; r < kPasses; ++r) {
     const int row = first + r * C::kRows + C::Row();
-    float(&x)[kVector] = loaded[r];
+    float (&x)[kVector] = loaded[r];
     float absmax = 0, dot = 0, bad = 0;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
@@ -290,8 +290,8 @@ __device__ __forceinline__ void QuantizeKey(const QuantizeParams& params, int64_
   const int64_t stride = static_cast<int64_t>(params.kv_heads) * params.head_dim;
   const In* key = static_cast<const In*>(params.key) + batch * params.length_kv * stride +
                   head % params.kv_heads * params.head_dim;
-  const float* mean = params.channels + head * (kChannelRows * kHeadDim) +
-                      kKeyMean * kHeadDim + C::Channel();
+  const float* mean =
+      params.channels + head * (kChannelRows * kHeadDim) + kKeyMean * kHeadDim + C::Channel();
 
   float x[kPasses][kVector] = {}, absmax = 0;
 #pragma unroll
@@ -401,8 +401,7 @@ __device__ __forceinline__ void QuantizeValue(const QuantizeParams& params, int6
           codes[i] = __float2half_rn(x[j][i]);
           sum[i] += __float2int_rn(__half2float(codes[i]) * (1 / kCodeUnit));
         }
-        const int64_t index =
-            head * params.padded_kv + first + first_key + j / 2 * 8 + j % 2;
+        const int64_t index = head * params.padded_kv + first + first_key + j / 2 * 8 + j % 2;
         *reinterpret_cast<uint4*>(static_cast<__half*>(params.v) + index * kHeadDim + channel) =
             *reinterpret_cast<const uint4*>(codes);
       }

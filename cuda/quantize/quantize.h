@@ -35,7 +35,7 @@ struct QuantizeParams {
   int padded_kv;
   int head_dim;
   int padded_head_dim;
-  int parts;         // the sequence of keys is cut into this many
+  int parts;             // the sequence of keys is cut into this many
   float scale_log2;      // softmax scale * log2(e)
   float q_scale_factor;  // |scale_log2| / 127
   bool smooth_k;

@@ -4,7 +4,7 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
-#include "mma/attention.h"
+#include "common/attention.h"
 
 namespace jax_sage::sm90 {
 

@@ -50,8 +50,8 @@ __device__ __forceinline__ void CopyBox(uint32_t shared, const CUtensorMap* map,
 __device__ __forceinline__ void CopyBulk(uint32_t shared, const void* global, int bytes,
                                          uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared),
       "l"(global), "r"(bytes), "r"(barrier)
       : "memory");
 }
