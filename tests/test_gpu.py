@@ -78,8 +78,9 @@ def assert_near_portable(q, k, v, *, recipe, is_causal=False):
     remain:
     - FP16 partial sums. The portable code rounds after each 32 keys; so does wgmma, but over 256
       keys; mma.sync of sm_90 has no such instruction, and rounds (or cuts) after each 16. 2
-      roundings of 2^-11 and 4 of 2^-10 a block make less than 2^-7 of sum(w |v - v̄|), in the output and, times |out - v̄|, in the row sum:
-      2^-6 of what Reference.around bounds. (FP32 ones: FP8 tensor cores keep 13 bits. Less.)
+      roundings of 2^-11 and 4 of 2^-10 a block make less than 2^-7 of sum(w |v - v̄|), in the
+      output and, times |out - v̄|, in the row sum: 2^-6 of what Reference.around bounds. (FP32
+      ones: FP8 tensor cores keep 13 bits. Less.)
     - ex2.approx (2 ulp) and a fused multiply-add in its argument (2^-22 of a score up to 16) move
       P by up to 2^-18. Where a rounding boundary of E4M3 (one every 2^-3) lies in between, P moves
       by one step: in one of 10^4 to 10^5 elements, 2^-3 w_j |v_j - out|. Four such flips of a
