@@ -65,6 +65,7 @@ ffi::Error Invalid(const std::string& message) {
 
 ffi::Error FromCuda(const char* call, cudaError_t error) {
   if (error == cudaSuccess) return ffi::Error::Success();
+  cudaGetLastError();  // leave nothing behind that a later call would report
   std::string message = std::string("jax_sage: ") + call + ": " + cudaGetErrorString(error);
   if (error == cudaErrorNoKernelImageForDevice) {
     message +=

@@ -21,6 +21,8 @@ def attention(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
+    bias: None = ...,
+    mask: None = ...,
     *,
     scale: float | None = ...,
     is_causal: bool = ...,
@@ -32,6 +34,8 @@ def attention(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
+    bias: None = ...,
+    mask: None = ...,
     *,
     scale: float | None = ...,
     is_causal: bool = ...,
@@ -42,6 +46,8 @@ def attention(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
+    bias: None = None,
+    mask: None = None,
     *,
     scale: float | None = None,
     is_causal: bool = False,
@@ -61,6 +67,8 @@ def attention(
       key: ``[*B, S, K, H]``, the dtype of query. N is a multiple of K: query head n attends to
         head ``n // (N / K)`` of key and value (grouped-query and multi-query attention).
       value: ``[*B, S, K, H]``, the dtype of query.
+      bias, mask: not there yet; anything but None raises. They are named so that a Flax module that
+        hands a mask to its attention function gets that error and not an unmasked result.
       scale: multiplies the scores before softmax; a Python number. Default ``1 / sqrt(H)``.
       is_causal: query t sees the keys 0..t only (aligned at the first token, whatever T and S).
       return_residual: also return the log-sum-exp of the scores.
@@ -77,10 +85,18 @@ def attention(
       TypeError: a dtype is not supported or differs between the arrays, or an option has the wrong
         type.
       ValueError: shapes do not fit together, or the recipe is unknown.
+      NotImplementedError: a bias or mask is given, or shapes are symbolic; and, when it is
+        differentiated: there is no derivative yet.
 
     Sources: SageAttention2++ (arXiv 2505.21136), SageAttention2 (2411.10958).
     """
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    for name, argument in (("bias", bias), ("mask", mask)):
+        if argument is not None:
+            raise NotImplementedError(
+                f"jax_sage.attention has no {name} yet (is_causal=True is there); use "
+                "jax.nn.dot_product_attention for this call."
+            )
     chosen = resolve(recipe)
     _check_arrays(query, key, value)
     for name, flag in (("is_causal", is_causal), ("return_residual", return_residual)):
@@ -88,19 +104,15 @@ def attention(
             raise TypeError(f"{name} is {flag!r}; it must be a Python bool: it selects a kernel.")
     scale = _check_scale(scale, query.shape[-1])
 
-    if query.size == 0 or key.shape[-3] == 0:  # no query, or nothing to see
-        out = jnp.zeros(query.shape, query.dtype)
-        lse = jnp.full(query.shape[:-1], -jnp.inf, jnp.float32)
-    else:
-        out, lse = primitive.attention_p.bind(
-            query,
-            key,
-            value,
-            scale_log2=scale * math.log2(math.e),
-            is_causal=bool(is_causal),
-            exact_lse=bool(return_residual),
-            recipe=chosen,
-        )
+    out, lse = primitive.attention_p.bind(
+        query,
+        key,
+        value,
+        scale_log2=scale * math.log2(math.e),
+        is_causal=bool(is_causal),
+        exact_lse=bool(return_residual),
+        recipe=chosen,
+    )
     return (out, lse) if return_residual else out
 
 
@@ -111,6 +123,11 @@ def _check_arrays(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
         if array.dtype.name not in _DTYPES:
             raise TypeError(
                 f"{name} is {array.dtype.name}; allowed: {', '.join(_DTYPES)}. Cast it first."
+            )
+        if not all(isinstance(dim, int) for dim in array.shape):
+            raise NotImplementedError(
+                f"{name} has the symbolic shape {array.shape}; jax_sage.attention needs shapes of "
+                "numbers. Export for each shape."
             )
         if array.ndim < 3:
             raise ValueError(f"{name} has rank {array.ndim}, at least 3 is needed. {layout}.")

@@ -1,6 +1,7 @@
 """The compiled kernels: whether this process has one for a recipe, and if not, why."""
 
 import importlib
+import pathlib
 import types
 
 import jax
@@ -12,6 +13,8 @@ try:
     _cuda = importlib.import_module("jax_sage._cuda")
 except ModuleNotFoundError:  # never built; one that is there and does not load is an error
     _cuda = None
+
+_FOLDER = pathlib.Path(__file__).resolve().parent
 
 # Matrix instructions on E4M3 begin with this compute capability.
 _FP8_CAPABILITY = 89
@@ -40,6 +43,11 @@ def why_unavailable(recipe: Recipe) -> str | None:
 
     Without a GPU (lowering ahead of time for one) the question is whether the build has a kernel.
     """
+    if _cuda is None and (_FOLDER.parent / "CMakeLists.txt").exists():
+        return (
+            f"jax_sage was imported from its sources in {_FOLDER.parent}, which have no compiled "
+            "module and hide an installed jax_sage. Run from another folder, or with python -P."
+        )
     if _cuda is None:
         return (
             "jax_sage was built without CUDA. Reinstall it with JAX_SAGE_CUDA=on in the "

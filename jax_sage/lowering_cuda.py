@@ -36,7 +36,7 @@ def attention(
     reason = kernels.why_unavailable(recipe)
     if reason is not None:
         warnings.warn(
-            f"jax_sage.attention runs in portable JAX on this GPU, far slower than a kernel: "
+            f"jax_sage.attention is lowered for CUDA in portable JAX, far slower than a kernel: "
             f"{reason}",
             kernels.PortableWarning,
             stacklevel=2,
@@ -90,8 +90,8 @@ def quantize(
         array(jnp.float8_e4m3fn, batch, kv_heads, hp, sp)
         if recipe.pv == "fp8"
         else array(jnp.float16, batch, kv_heads, sp, hp),  # v
-        # Mean of K; mean of V, the same rounded to bfloat16; scale of V, 2^8 over it.
-        array(jnp.float32, batch, kv_heads, 5, hp),  # channels
+        # Mean of K; mean of V, the same in bfloat16; scale of V; how its codes are made (2 rows).
+        array(jnp.float32, batch, kv_heads, 6, hp),  # channels
         array(jnp.int32, batch, kv_heads, 2, hp),  # first position not finite: of K, of V
         # 64-bit integers, which JAX has only with jax_enable_x64.
         array(jnp.uint32, batch, kv_heads, hp, 2),  # value_code_sum

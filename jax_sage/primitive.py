@@ -6,7 +6,7 @@ layouts of :func:`jax_sage.attention`. ``scale_log2`` is the softmax scale times
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -73,12 +73,24 @@ def _jvp(primals: Sequence[jax.Array], tangents: Sequence[Any], **params: Any) -
 ad.primitive_jvps[attention_p] = _jvp
 
 
+def _guarded(function: Callable[..., Sequence[jax.Array]]) -> Callable[..., Sequence[jax.Array]]:
+    """Neither implementation takes arrays of size 0: no query, or no key to see."""
+
+    def run(query: jax.Array, key: jax.Array, value: jax.Array, **params: Any) -> Sequence[Any]:
+        if query.size and key.size:
+            return function(query, key, value, **params)
+        out = jnp.zeros(query.shape, query.dtype)
+        return out, jnp.full(query.shape[:-1], -jnp.inf, jnp.float32)
+
+    return run
+
+
 def _portable(*operands: jax.Array, exact_lse: bool, **params: Any) -> Sequence[jax.Array]:
     del exact_lse  # always
     return portable.attention(*operands, **params)
 
 
-_lower_portable = mlir.lower_fun(_portable, multiple_results=True)
-_lower_cuda = mlir.lower_fun(lowering_cuda.attention, multiple_results=True)
+_lower_portable = mlir.lower_fun(_guarded(_portable), multiple_results=True)
+_lower_cuda = mlir.lower_fun(_guarded(lowering_cuda.attention), multiple_results=True)
 mlir.register_lowering(attention_p, _lower_portable)
 mlir.register_lowering(attention_p, _lower_cuda, platform="cuda")

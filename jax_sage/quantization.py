@@ -28,7 +28,7 @@ INT8_MAX = 127.0
 ABSMAX_FLOOR = 2.0**-100
 # A channel mean beyond this is not subtracted: x - mean could overflow.
 MEAN_MAX = 2.0**100
-DOWNSCALE = 2.0**8
+DOWNSCALE = 2.0**-16  # of V in channels beyond 1
 NEVER = np.iinfo(np.int32).max  # first_bad of a channel that is finite everywhere
 
 _f32 = np.float32
@@ -130,9 +130,11 @@ def quantize_value(
     """Codes [*B, K, Sp, H] of v - v̄ with absolute maximum V_MAX, and scales [*B, K, H]."""
     centered = v - v_mean[..., None, :]
     absmax = jnp.maximum(jnp.max(jnp.abs(centered), axis=-2), _f32(ABSMAX_FLOOR))
-    # In two steps: V_MAX / absmax may be below the smallest normal number, which XLA flushes to 0.
-    inverse = (_f32(V_MAX * DOWNSCALE) / absmax)[..., None, :]
-    scaled = _pad_tokens(centered * _f32(1 / DOWNSCALE) * inverse)
+    # V_MAX / absmax may be below the smallest normal number, which XLA flushes to 0: large channels
+    # are first scaled down by a power of two.
+    down = jnp.where(absmax > 1, _f32(DOWNSCALE), _f32(1))
+    inverse = _f32(V_MAX) / (absmax * down)
+    scaled = _pad_tokens(centered * down[..., None, :] * inverse[..., None, :])
     if recipe.pv == "fp8":
         codes = round_e4m3(scaled).astype(jnp.float8_e4m3fn)
     else:

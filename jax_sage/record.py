@@ -20,7 +20,10 @@ from typing import Any
 RECORDS = pathlib.Path("benchmarks/records")
 # What decides what a GPU computes: the kernels and their handlers, and the lowering.
 CUDA_SUFFIXES = (".cu", ".cuh", ".cc", ".h")
-LOWERING = ("jax_sage/lowering_cuda.py", "jax_sage/quantization.py", "jax_sage/recipe.py")
+LOWERING = tuple(
+    f"jax_sage/{name}.py"
+    for name in ("attention", "primitive", "kernels", "lowering_cuda", "quantization", "recipe")
+)
 
 
 def cuda_sources(root: pathlib.Path) -> list[pathlib.Path]:

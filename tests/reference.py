@@ -15,8 +15,8 @@ DISTRIBUTIONS = ("normal", "outlier", "heavy", "constant")
 # power of two), and half the distance of subnormal numbers.
 _RELATIVE = {"fp8": 1 / 17, "fp16": 2.0**-11}
 _SUBNORMAL = {"fp8": 2.0**-10, "fp16": 2.0**-25}
-_P_MIN_TOP = 32.0  # the largest P of a row lies in (32, 64]
-_V_MAX = 3.75  # the largest code of V
+_P_MIN_TOP = 64.0  # the largest P of a row lies in (128, 256], in (64, 256] on Hopper
+_V_MAX = 1.875  # the largest code of V
 
 # Mean of |error| over the mean of `Reference.typical`. The terms w_j v_j of an output have
 # independent relative errors: E4M3 rounding, uniform over a mantissa, has an rms of 2.6 %; it
@@ -169,7 +169,8 @@ def analyse(q, k, v, *, scale=None, is_causal=False, pv="fp8", rows=None) -> Ref
         step = spread.max(-2, keepdims=True) * subnormal / _V_MAX
         in_v = above / below * (relative * (weights @ spread) + step)
         in_v = in_v + relative * spread.mean(-2, keepdims=True) + step
-        # FP16 partial sums over 64 keys: at most four roundings of 2^-11, for output and row sum.
+        # FP16 partial sums over 64 (Hopper: 128) keys: at most four roundings of 2^-11, for output
+        # and row sum.
         in_sums = 2.0**-8 * above / below * (weights @ spread + step)
         in_fp32 = 2.0**-18 * (np.abs(out) + np.abs(v_mean) + weights @ spread)
         worst_out = in_weights + in_v + in_sums + in_fp32

@@ -363,11 +363,39 @@ class AttentionSuite:
 
     @pytest.mark.parametrize("recipe", NAMED)
     def test_fp16_sums_do_not_overflow(self, recipe):
-        """All of P at its largest, and V at either end of its range: 64 · 64 · 3.75 a block."""
+        """All of P at its largest, and V at either end of its range: 64 · 256 · 1.875 a block."""
         shape = (1, 256, 1, 64)
         q, k, v = np.ones(shape, np.float16), np.ones(shape, np.float16), np.ones(shape, np.float16)
         v[:, 0] = -1
         check(q, k, v * np.float16(6e4), recipe=recipe)
+
+    @pytest.mark.parametrize("recipe", NAMED)
+    def test_attention_sink(self, recipe):
+        """One key 9 nats above 8K others: they hold half of the weight, each of it too little.
+
+        P of the others is e^-9 = 2^-13 of the largest. With 64 to 256 for that, they are 0.008 to
+        0.03: E4M3 has them to 2^-10, up to 12 % of them, in the same direction for all. That share
+        of their weight of 0.5 may go over to or from the sink.
+        """
+        length = 8103
+        q = np.full((1, 64, 2, 64), 1 / 8, np.float32)
+        k = np.zeros((1, length, 2, 64), np.float32)
+        k[:, 5] = 9.0  # 64 * 9 / 8 / sqrt(64) = 9
+        v = np.full(k.shape, 1.0, np.float32)
+        v[:, 5] = -1
+        out, _ = attention(q, k, v, recipe=recipe)
+        share = (length - 1) / (length - 1 + math.exp(9))
+        assert np.abs((1 + out) / 2 - share).max() < 0.25 * 0.12 + 0.01
+
+    @pytest.mark.parametrize("recipe", NAMED)
+    @BOTH_MASKS
+    def test_rising_maximum(self, recipe, is_causal):
+        """Scores that grow along the keys: every block has a new maximum."""
+        q, k, v = reference.inputs("normal", (1, 200, 2, 64), (1, 1000, 2, 64))
+        q = np.abs(q)
+        k = (k + np.linspace(0, 6, 1000, dtype=np.float32)[:, None, None]).astype(np.float32)
+        # The trend is as large as the values: INT8 codes are as coarse as for heavy tails.
+        check(q, k, v, recipe=recipe, is_causal=is_causal, kind="heavy")
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
     @BOTH_MASKS

@@ -111,6 +111,35 @@ def test_scale_of_more_than_one_number():
         trace(GOOD, scale=np.array([0.5, 0.25]))
 
 
+@pytest.mark.parametrize("name", ["bias", "mask"])
+def test_bias_and_mask_are_refused(name):
+    with pytest.raises(NotImplementedError, match=f"has no {name} yet"):
+        trace(GOOD, **{name: jnp.ones((1, 1, 1, 1), bool)})
+    assert trace(GOOD, **{name: None}).shape == GOOD.shape
+
+
+def test_a_linen_module_cannot_lose_its_mask():
+    """linen hands over the keyword arguments that the signature names, and drops the others."""
+    linen = pytest.importorskip("flax.linen", reason="flax is not installed")
+    model = linen.MultiHeadDotProductAttention(num_heads=2, attention_fn=jax_sage.attention)
+    x = jnp.ones((1, 5, 8))
+    model.init(jax.random.key(0), x)
+    with pytest.raises(NotImplementedError, match="has no mask yet"):
+        model.init(jax.random.key(0), x, mask=linen.make_causal_mask(jnp.ones((1, 5))))
+
+
+def test_vmap_over_nothing():
+    x = jnp.ones((0, 2, 4, 2, 8))
+    assert jax.vmap(jax_sage.attention)(x, x, x).shape == x.shape
+
+
+def test_symbolic_shapes():
+    batch, length = jax.export.symbolic_shape("b, t")
+    x = struct(batch, length, 2, 8)
+    with pytest.raises(NotImplementedError, match="symbolic shape"):
+        jax.export.export(jax.jit(jax_sage.attention))(x, x, x)
+
+
 def test_traced_scale():
     def call(q, scale):
         return jax_sage.attention(q, q, q, scale=scale)

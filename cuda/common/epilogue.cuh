@@ -133,7 +133,9 @@ __device__ __forceinline__ void FinishRows(const AttentionParams& params, const 
       float& y = o[n][2 * half + 1];
       x = x * inverse[half] * scale.x + offset.x;
       y = y * inverse[half] * scale.y + offset.y;
-      if (quantized_sum[half] == 0) x = y = 0;
+      // Nothing seen: 0. A sum of 0 otherwise means scores so large (beyond 2^24) that FP32 cannot
+      // tell their maximum.
+      if (quantized_sum[half] == 0) x = y = max[half] == -kInf ? 0.0f : kNan;
       if (bad.x <= last_key[half]) x = kNan;
       if (bad.y <= last_key[half]) y = kNan;
     }

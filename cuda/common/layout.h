@@ -7,21 +7,22 @@
 
 namespace jax_sage {
 
-constexpr int kBlockQ = 128;   // queries are padded to a multiple of this
-constexpr int kBlockKv = 64;   // keys whose scales are computed together; also the key tile
+constexpr int kBlockQ = 128;  // queries are padded to a multiple of this
+constexpr int kBlockKv =
+    64;  // keys whose scales are computed together; also the key tile of mma.sync
 constexpr int kKeyScales = 4;  // per block of keys: one for the keys = {2j, 2j+1} mod 8
 
-constexpr float kPMax = 64.0f;
-constexpr float kLog2PMax = 6.0f;
-constexpr float kVMax = 3.75f;
+constexpr float kPMax = 256.0f;
+constexpr float kLog2PMax = 8.0f;
+constexpr float kVMax = 1.875f;
 constexpr float kInt8Max = 127.0f;
 constexpr float kAbsmaxFloor = 0x1p-100f;
 constexpr float kMeanMax = 0x1p100f;
-constexpr float kDownscale = 0x1p8f;
+constexpr float kDownscale = 0x1p-16f;
 constexpr int32_t kNever = 0x7fffffff;
 
 // Codes of V are summed as integers in units of the smallest FP16 number: the sum does not depend
-// on its order. 2^63 / (3.75 * 2^24) leaves room for 10^11 keys.
+// on its order. 2^63 / (1.875 * 2^24) leaves room for 10^11 keys.
 constexpr float kCodeUnit = 0x1p-24f;
 
 // Rows of the `channels` buffer [B, K, kChannelRows, Hp].
@@ -30,8 +31,9 @@ enum ChannelRow : int {
   kValueAverage = 1,  // mean of V; 0 where V is not smoothed
   kValueMean = 2,     // subtracted from V: the average rounded to bfloat16
   kValueScale = 3,
-  kValueInverse = 4,  // kDownscale / scale, computed by its own division
-  kChannelRows = 5,
+  kValueDown = 4,     // 1, or kDownscale in channels of V beyond 1
+  kValueInverse = 5,  // codes are (V - mean) * down * inverse
+  kChannelRows = 6,
 };
 
 // Rows of the `first_bad` buffer [B, K, 2, Hp].

@@ -210,7 +210,9 @@ __global__ void __launch_bounds__(kHeadDim) FinishStatistics(const QuantizeParam
   channels[kValueAverage * kHeadDim] = average_v;
   channels[kValueMean * kHeadDim] = mean_v;
   channels[kValueScale * kHeadDim] = absmax * (1.0f / kVMax);
-  channels[kValueInverse * kHeadDim] = __fdiv_rn(kVMax * kDownscale, absmax);
+  const float down = absmax > 1 ? kDownscale : 1;
+  channels[kValueDown * kHeadDim] = down;
+  channels[kValueInverse * kHeadDim] = __fdiv_rn(kVMax, absmax * down);
   int32_t* first_bad = params.first_bad + head * (kBadRows * kHeadDim) + c;
   first_bad[kBadKey * kHeadDim] = bad_any;
   first_bad[kBadValue * kHeadDim] = min(bad_any, bad_v);
@@ -368,8 +370,9 @@ __device__ __forceinline__ void QuantizeValue(const QuantizeParams& params, int6
         LoadChannels<In, kWide>(x[j], value + row * stride, channel, params.head_dim);
       }
     }
-    float mean[kVector], inverse[kVector];
+    float mean[kVector], down[kVector], inverse[kVector];
     LoadFloats(mean, channels + kValueMean * kHeadDim + channel);
+    LoadFloats(down, channels + kValueDown * kHeadDim + channel);
     LoadFloats(inverse, channels + kValueInverse * kHeadDim + channel);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -377,17 +380,17 @@ __device__ __forceinline__ void QuantizeValue(const QuantizeParams& params, int6
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         const float centered = FiniteOrZero(x[j][i]) - mean[i];
-        x[j][i] = row < params.length_kv ? centered * (1 / kDownscale) * inverse[i] : 0;
+        x[j][i] = row < params.length_kv ? centered * down[i] * inverse[i] : 0;
       }
     }
-    int sum[kVector];  // of four codes up to 3.75 * 2^24: fits
+    int sum[kVector];  // of four codes up to 1.875 * 2^24: fits
     if (params.fp8_value) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         const __nv_fp8x4_e4m3 codes(make_float4(x[0][i], x[1][i], x[2][i], x[3][i]));
         transposed[channel + i][quad ^ flip] = codes.__x;
         const float4 rounded = static_cast<float4>(codes);
-        // Multiples of 2^-9 up to 15: exact.
+        // Multiples of 2^-9 up to 7.5: exact.
         sum[i] = __float2int_rn((rounded.x + rounded.y + rounded.z + rounded.w) * (1 / kCodeUnit));
       }
     } else {

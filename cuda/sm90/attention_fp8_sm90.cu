@@ -6,12 +6,12 @@
 // together with QK^T of this one, waits, and hands the unit over; its softmax, and the addition of
 // the FP16 sums to the FP32 output, run while the other warpgroup's matrix instructions do.
 //
-// The row maximum is not computed for most tiles. P = 2^(S c - m + 6) is computed with the m of the
-// tiles before; that no P has reached 64 is read off the packed codes, four at a time (E4M3 codes
-// of positive numbers are ordered like integers: code + 0x18 has its top bit set from 64 on). Where
-// it has, the tile is done again after raising m, with some powers of two to spare. m is an
-// integer, so that P's mantissas do not depend on it: the result is that of an exact running
-// maximum.
+// The row maximum is not computed for most tiles. P = 2^(S c - m + 8) is computed with the m of the
+// tiles before; that no P has reached 256 is read off the packed codes, four at a time (E4M3 codes
+// of positive numbers are ordered like integers: code + 8 has its top bit set from 256 on). Where
+// it has, the tile is done again after raising m, with a power of two to spare. m is an integer, so
+// P's mantissas do not depend on it; only what is subnormal in E4M3 does (below 2^-12 of the row's
+// largest P, where an exact running maximum reaches 2^-13).
 #include <cuda.h>
 
 #include "common/epilogue.cuh"
@@ -31,14 +31,12 @@ constexpr int kThreads = 128 * (kConsumers + 1);
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 constexpr int kTableFull = 3, kTableEmpty = 4;  // named barriers; 1 and 2 are the turns
 constexpr int kSumRows = 8;  // rows of ones behind V^T: PV's extra columns are row sums
-// FP16 sums run over two tiles: 64 * 3.75 * 256 <= 65504.
-constexpr int kTilesPerSum = 2;
-static_assert(kPMax * kVMax * kTile * kTilesPerSum <= 65504.0f, "an FP16 sum may not overflow");
-// Powers of two by which a row's maximum may grow before its tile must be done again. With 3, a row
-// of normal scores of 32K keys outgrows the maximum of its first tile once in 60. E4M3 has the
-// room: P then reaches 2^-13 of the maximum before it is zero.
-constexpr float kHeadroom = 3;
-constexpr uint32_t kLimitOffset = 0x18181818;  // 0x80 - code of 64
+// An FP16 sum runs over one tile.
+static_assert(kPMax * kVMax * kTile <= 65504.0f, "an FP16 sum may not overflow");
+// Powers of two by which a row's maximum may grow before its tile must be done again. Each costs
+// as much of the range of P below the maximum: small weights behind a large score need that.
+constexpr float kHeadroom = 1;
+constexpr uint32_t kLimitOffset = 0x08080808;  // 0x80 - code of 256
 constexpr uint32_t kLimitMask = 0x80808080;
 constexpr uint32_t kOnes = 0x38383838;
 
@@ -152,7 +150,8 @@ struct Rows {
     for (int quarter = 0; quarter < 4; ++quarter) PromoteQuarter(quarter);
   }
 
-  // Everything so far counts for a smaller maximum: exact, alpha is a power of two.
+  // The maximum has grown: what was summed so far counts less. Exact, alpha is a power of two. The
+  // FP16 sums are promoted by then.
   __device__ void Rescale(const float (&alpha)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -161,12 +160,6 @@ struct Rows {
         o[i][2 * half] *= alpha[half];
         o[i][2 * half + 1] *= alpha[half];
       }
-      const __half2 packed = __float2half2_rn(alpha[half]);
-#pragma unroll
-      for (int i = half; i < T::kSums; i += 2) {
-        __half2& x = reinterpret_cast<__half2&>(partial[i]);
-        x = __hmul2(x, packed);
-      }
       sum[half] *= alpha[half];
       quantized_sum[half] *= alpha[half];
     }
@@ -174,7 +167,7 @@ struct Rows {
 };
 
 // P from the scores with the present maximum, packed as A fragments; returns whether any P has
-// reached 64, in the bits of kLimitMask. kPromote: adds the FP16 sums to the output on the way.
+// reached 256, in the bits of kLimitMask. kPromote: adds the FP16 sums to the output on the way.
 // Between the exponentials that costs the matrix unit nothing; a run of additions halves its rate.
 template <bool kMasked, bool kPromote, class T>
 __device__ __forceinline__ uint32_t ComputeP(const int32_t (&s)[kTile / 2], uint32_t (&p)[16],
@@ -209,14 +202,14 @@ __device__ __forceinline__ uint32_t ComputeP(const int32_t (&s)[kTile / 2], uint
   return limit & kLimitMask;
 }
 
-// `first`: there is no maximum yet to compute P with.
-template <bool kMasked, bool kPromote, class T>
+// `first`: there is no maximum to compute P with yet, and nothing to promote.
+template <bool kMasked, class T>
 __device__ __forceinline__ void Softmax(int32_t (&s)[kTile / 2], uint32_t (&p)[16], Rows<T>& rows,
                                         const float (&scale)[2][2], const int (&visible)[2],
                                         bool first, int opaque_zero) {
   float sum[2];
   uint32_t limit = 1;
-  if (!first) limit = ComputeP<kMasked, kPromote>(s, p, rows, scale, sum, visible);
+  if (!first) limit = ComputeP<kMasked, true>(s, p, rows, scale, sum, visible);
   if (__any_sync(0xffffffffu, limit != 0)) {
     // Other values to the compiler: it would keep the 64 converted scores of above for here.
 #pragma unroll
@@ -242,7 +235,8 @@ __device__ __forceinline__ void Softmax(int32_t (&s)[kTile / 2], uint32_t (&p)[1
       tile_max = fmaxf(tile_max, __shfl_xor_sync(0xffffffffu, tile_max, 1));
       tile_max = fmaxf(tile_max, __shfl_xor_sync(0xffffffffu, tile_max, 2));
       const float old = rows.max[half];
-      if (tile_max >= old && tile_max > -kInf) rows.max[half] = ceilf(tile_max) + kHeadroom;
+      // A score up to 1/16 below m is a P up to 245, which E4M3 rounds to 240: under the limit.
+      if (tile_max > old - 0.0625f) rows.max[half] = ceilf(tile_max) + kHeadroom;
       alpha[half] = rows.max[half] == old ? 1.0f : ptx::Exp2(old - rows.max[half]);
     }
     rows.Rescale(alpha);
@@ -260,10 +254,10 @@ __device__ __forceinline__ void IssueQk(int32_t (&s)[kTile / 2], uint64_t q, uin
 }
 template <class T>
 __device__ __forceinline__ void IssuePv(uint32_t (&partial)[T::kSums], const uint32_t (&p)[16],
-                                        uint64_t v, bool accumulate) {
+                                        uint64_t v) {
 #pragma unroll
   for (int ks = 0; ks < kTile / 32; ++ks) {
-    ptx::WgmmaE4m3(partial, p + 4 * ks, v + 2 * ks, ks != 0 || accumulate);
+    ptx::WgmmaE4m3(partial, p + 4 * ks, v + 2 * ks, ks != 0);
   }
   ptx::WgmmaCommit();
 }
@@ -280,6 +274,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work work
   const uint64_t v = ptx::Descriptor<kTile>(shared + T::kV);
   const auto parity = [](unsigned step) -> uint32_t { return (step / T::kStages) & 1; };
   const auto release = [&](uint32_t barrier) {
+    __syncwarp();  // all lanes have read
     if (lane == 0) ptx::BarrierArrive(barrier);
   };
   const int opaque_zero = static_cast<int>(work.items >> 31);
@@ -306,7 +301,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work work
     uint32_t p[16];
 
     // Softmax of `tile`, whose scores are in s.
-    const auto softmax = [&](int tile, bool promote) {
+    const auto softmax = [&](int tile) {
       const unsigned stage = (step + tile) % T::kStages;
       const uint32_t scales = shared + T::kScales + stage * T::kScaleBytes;
       float scale[2][2];
@@ -328,12 +323,9 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work work
                               : params.length_kv;
           visible[half] = end - first_key - 2 * (lane & 3);
         }
-        if (promote) rows.Promote();
-        Softmax<true, false>(s, p, rows, scale, visible, tile == 0, opaque_zero);
-      } else if (promote) {
-        Softmax<false, true>(s, p, rows, scale, visible, false, opaque_zero);
+        Softmax<true>(s, p, rows, scale, visible, tile == 0, opaque_zero);
       } else {
-        Softmax<false, false>(s, p, rows, scale, visible, tile == 0, opaque_zero);
+        Softmax<false>(s, p, rows, scale, visible, tile == 0, opaque_zero);
       }
     };
 
@@ -345,7 +337,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work work
     ptx::WgmmaWait<0>();
     ptx::Pin(s);
     ptx::NamedArrive(other_turn, 128 * kConsumers);
-    softmax(0, false);
+    softmax(0);
 
 #pragma unroll 1
     for (int tile = 0; tile + 1 < tiles; ++tile) {
@@ -356,7 +348,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work work
       ptx::Pin(p);
       ptx::Pin(rows.partial);
       ptx::WgmmaFence();
-      IssuePv<T>(rows.partial, p, v + stage * (T::kVStride / 16), tile % kTilesPerSum != 0);
+      IssuePv<T>(rows.partial, p, v + stage * (T::kVStride / 16));
       IssueQk<T>(s, q, k + next * (T::kKBytes / 16));
       ptx::WgmmaWait<0>();
       ptx::Pin(p);
@@ -364,7 +356,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work work
       ptx::Pin(s);
       ptx::NamedArrive(other_turn, 128 * kConsumers);
       release(barriers.VEmpty(stage));
-      softmax(tile + 1, tile % kTilesPerSum == kTilesPerSum - 1);
+      softmax(tile + 1);
     }
     release(barriers.QEmpty());
     const int last = tiles - 1;
@@ -373,7 +365,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work work
     ptx::Pin(p);
     ptx::Pin(rows.partial);
     ptx::WgmmaFence();
-    IssuePv<T>(rows.partial, p, v + stage * (T::kVStride / 16), last % kTilesPerSum != 0);
+    IssuePv<T>(rows.partial, p, v + stage * (T::kVStride / 16));
     ptx::WgmmaWait<0>();
     ptx::Pin(rows.partial);
     release(barriers.VEmpty(stage));
@@ -448,31 +440,27 @@ __global__ void __launch_bounds__(kThreads, 1)
 // A 3-dimensional tensor of bytes, and the box that one copy takes from it.
 cudaError_t Encode(CUtensorMap* map, const void* data, uint64_t inner, uint64_t middle,
                    uint64_t outer, uint32_t box_inner, uint32_t box_middle) {
-  static const auto encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    // Through the runtime, so that nothing links against libcuda.
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                         cudaEnableDefault, &result) != cudaSuccess ||
-        result != cudaDriverEntryPointSuccess) {
-      function = nullptr;
-    }
-    return reinterpret_cast<CUresult (*)(
-        CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-        const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-        CUtensorMapL2promotion, CUtensorMapFloatOOBfill)>(function);
-  }();
-  if (encode == nullptr) return cudaErrorNotSupported;
+  // Through the runtime, so that nothing links against libcuda.
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult result;
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                             12000, cudaEnableDefault, &result);
+  if (error != cudaSuccess) return error;
+  if (result != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+  const auto encode = reinterpret_cast<CUresult (*)(
+      CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+      const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+      CUtensorMapL2promotion, CUtensorMapFloatOOBfill)>(function);
   const cuuint64_t dims[3] = {inner, middle, outer};
   const cuuint64_t strides[2] = {inner, inner * middle};
   const cuuint32_t box[3] = {box_inner, box_middle, 1};
   const cuuint32_t steps[3] = {1, 1, 1};
-  const CUresult result =
+  const CUresult encoded =
       encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void*>(data), dims, strides, box,
              steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
              box_inner == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  return encoded == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 template <class T>
