@@ -43,16 +43,17 @@ def why_unavailable(recipe: Recipe) -> str | None:
 
     Without a GPU (lowering ahead of time for one) the question is whether the build has a kernel.
     """
-    if _cuda is None and (_FOLDER.parent / "CMakeLists.txt").exists():
-        return (
-            f"jax_sage was imported from its sources in {_FOLDER.parent}, which have no compiled "
-            "module and hide an installed jax_sage. Run from another folder, or with python -P."
-        )
     if _cuda is None:
-        return (
+        reason = (
             "jax_sage was built without CUDA. Reinstall it with JAX_SAGE_CUDA=on in the "
             "environment (pip install --force-reinstall --no-deps)."
         )
+        if (_FOLDER.parent / "CMakeLists.txt").exists():
+            reason += (
+                f" Or it is the sources in {_FOLDER.parent} that were imported, which hide an "
+                "installed jax_sage: run from another folder, or with python -P."
+            )
+        return reason
     built: list[int] = _cuda.architectures()
     found = capabilities()
     driver, toolkit = _cuda.driver_version(), _cuda.toolkit_version()

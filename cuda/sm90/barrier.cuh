@@ -56,11 +56,14 @@ __device__ __forceinline__ void CopyBulk(uint32_t shared, const void* global, in
       : "memory");
 }
 
-// Barriers among warps: wait for, or only count towards, `threads` arrivals at barrier `id`.
+// Barriers among warps: wait for, or only count towards, `threads` arrivals at barrier `id`. Both are
+// aligned instructions: a warp that has diverged comes together first.
 __device__ __forceinline__ void NamedSync(int id, int threads) {
+  __syncwarp();
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 __device__ __forceinline__ void NamedArrive(int id, int threads) {
+  __syncwarp();
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
