@@ -19,7 +19,7 @@ class Info:
     """Result of :func:`info`. Printing it gives a readable report.
 
     Attributes:
-      versions: of jax_sage, jax and jaxlib; of CUDA: what the kernels were built with, and what the
+      versions: of jax_sage and the folder it was imported from; of jax and jaxlib; of CUDA: what the kernels were built with, and what the
         driver supports ("none" where there is none).
       architectures: compute capabilities that the kernels were built for, e.g. ``("sm_89",)``.
       devices: kind of each device that JAX uses by default, GPUs with their compute capability.
@@ -59,7 +59,8 @@ def info() -> Info:
     module = kernels.module()
     folder = pathlib.Path(__file__).parent
     versions = {
-        "jax_sage": f"{__version__} in {folder}",
+        "jax_sage": __version__,
+        "imported from": str(folder),
         "jax": jax.__version__,
         "jaxlib": _jaxlib_version(),
     }
