@@ -19,8 +19,8 @@ class Info:
     """Result of :func:`info`. Printing it gives a readable report.
 
     Attributes:
-      versions: of jax_sage and the folder it was imported from; of jax and jaxlib; of CUDA: what the kernels were built with, and what the
-        driver supports ("none" where there is none).
+      versions: of jax_sage and the folder it was imported from; of jax and jaxlib; of CUDA: what
+        the kernels were built with, and what the driver supports ("none" where there is none).
       architectures: compute capabilities that the kernels were built for, e.g. ``("sm_89",)``.
       devices: kind of each device that JAX uses by default, GPUs with their compute capability.
       kernels: for each named recipe, the kernel family that would run on these devices, or
