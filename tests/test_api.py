@@ -161,7 +161,7 @@ def test_flags_are_python_bools(name):
 
 def test_options_are_keywords():
     with pytest.raises(TypeError, match="positional"):
-        jax_sage.attention(*[np.ones((1, 2, 1, 8), np.float32)] * 3, 0.5)
+        jax_sage.attention(*[np.ones((1, 2, 1, 8), np.float32)] * 3, None, None, 0.5)
 
 
 # Differentiation: an error, and never a silent zero.
