@@ -193,6 +193,7 @@ std::string CheckAttention(const std::vector<Buffer>& args, const std::vector<Bu
   const double accumulator = check.Attribute(attrs, "pv_accumulator");
   check.Require(accumulator == 16 || accumulator == 32,
                 "attribute pv_accumulator must be 16 or 32");
+  check.Flag(attrs, "mma_sync");
   if (check.Ok() && sizes != nullptr) *sizes = s;
   return check.message();
 }

@@ -136,7 +136,7 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffe
 ffi::Error AttentionImpl(cudaStream_t stream, ffi::RemainingArgs args,
                          ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse,
                          int64_t length_kv, int64_t is_causal, int64_t exact_lse,
-                         int64_t pv_accumulator) {
+                         int64_t pv_accumulator, int64_t mma_sync) {
   std::vector<ffi::AnyBuffer> in;
   std::vector<Buffer> described;
   for (size_t i = 0; i < args.size(); ++i) {
@@ -151,7 +151,8 @@ ffi::Error AttentionImpl(cudaStream_t stream, ffi::RemainingArgs args,
                      {{"length_kv", static_cast<double>(length_kv)},
                       {"is_causal", static_cast<double>(is_causal)},
                       {"exact_lse", static_cast<double>(exact_lse)},
-                      {"pv_accumulator", static_cast<double>(pv_accumulator)}},
+                      {"pv_accumulator", static_cast<double>(pv_accumulator)},
+                      {"mma_sync", static_cast<double>(mma_sync)}},
                      &sizes);
   if (!message.empty()) return Invalid(message);
 
@@ -181,20 +182,20 @@ ffi::Error AttentionImpl(cudaStream_t stream, ffi::RemainingArgs args,
   params.exact_lse = exact_lse != 0;
   params.out_type = InputType(*out);
   const bool fp16_accumulator = pv_accumulator == 16;
+#ifdef JAX_SAGE_SM90
+  if (mma_sync == 0 && sizes.fp8_value && fp16_accumulator) {
+    int device = 0, major = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    }
+    if (error != cudaSuccess) return FromCuda("attention", error);
+    if (major == 9) return FromCuda("attention", sm90::LaunchAttentionFp8(params, stream));
+  }
+#endif
   if (!sizes.fp8_value) {
     return FromCuda("attention", mma::LaunchAttentionFp16(params, fp16_accumulator, stream));
   }
-#ifdef JAX_SAGE_SM90
-  int device = 0, major = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  }
-  if (error != cudaSuccess) return FromCuda("attention", error);
-  if (major == 9 && fp16_accumulator) {
-    return FromCuda("attention", sm90::LaunchAttentionFp8(params, stream));
-  }
-#endif
 #ifdef JAX_SAGE_NO_FP8_MMA
   return Invalid(
       "jax_sage: attention: no architecture of this build has E4M3 matrix instructions (sm_89 and "
@@ -228,5 +229,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageAttention, jax_sage::AttentionImpl,
                                   .Attr<int64_t>("length_kv")
                                   .Attr<int64_t>("is_causal")
                                   .Attr<int64_t>("exact_lse")
-                                  .Attr<int64_t>("pv_accumulator"),
+                                  .Attr<int64_t>("pv_accumulator")
+                                  // 1: the kernel of cuda/mma even where there is a faster one.
+                                  .Attr<int64_t>("mma_sync"),
                               {xla::ffi::Traits::kCmdBufferCompatible});

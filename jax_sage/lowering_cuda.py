@@ -32,7 +32,13 @@ def attention(
     is_causal: bool,
     exact_lse: bool,
     recipe: Recipe,
+    mma_sync: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
+    """out and lse, as of the primitive.
+
+    ``mma_sync`` asks for the mma.sync kernel, which runs on every GPU that there are kernels for,
+    where the device has a faster one of its own: so one machine can test both.
+    """
     reason = kernels.why_unavailable(recipe)
     if reason is not None:
         warnings.warn(
@@ -57,6 +63,7 @@ def attention(
         is_causal=np.int64(is_causal),
         exact_lse=np.int64(exact_lse),
         pv_accumulator=np.int64({"fp16": 16, "fp32": 32}[recipe.pv_accumulator]),
+        mma_sync=np.int64(mma_sync),
     )
     return out, lse
 

@@ -1,9 +1,11 @@
 """A few small attentions, for compute-sanitizer (test_gpu.py): both recipes, odd sizes, causal."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-import jax_sage
+from jax_sage import RECIPES, lowering_cuda
 
 CASES = [
     # (batch, T, S, N, K, H, dtype, recipe, is_causal)
@@ -14,19 +16,43 @@ CASES = [
     (1, 129, 65, 2, 1, 64, "bfloat16", "8+16", False),
     (2, 67, 191, 4, 2, 128, "float32", "8+16", True),
     (1, 33, 513, 1, 1, 40, "float16", "8+16", False),
-    # More query tiles (288) than any GPU has SMs, more tiles of keys than stages: a persistent
-    # kernel goes round.
-    (2, 1100, 700, 16, 2, 64, "bfloat16", "8+8", True),
 ]
+# More query tiles (288) than any GPU has SMs, more tiles of keys than stages: a persistent kernel
+# goes round. Those on mma.sync are not persistent.
+MANY_TILES = (2, 1100, 700, 16, 2, 64, "bfloat16", "8+8", True)
+
+
+def run(
+    batch: int,
+    length_q: int,
+    length_kv: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: str,
+    recipe: str,
+    is_causal: bool,
+    mma_sync: bool,
+) -> None:
+    attention = functools.partial(
+        lowering_cuda.attention,
+        scale_log2=0.1,
+        is_causal=is_causal,
+        exact_lse=False,
+        recipe=RECIPES[recipe],
+        mma_sync=mma_sync,
+    )
+    q = jnp.ones((batch, length_q, heads, head_dim), dtype)
+    k = jnp.ones((batch, length_kv, kv_heads, head_dim), dtype)
+    out, _ = jax.jit(attention)(q, k, k)
+    assert bool((out == 1).all())
 
 
 def main() -> None:
-    for batch, length_q, length_kv, heads, kv_heads, head_dim, dtype, recipe, is_causal in CASES:
-        q = jnp.ones((batch, length_q, heads, head_dim), dtype)
-        k = jnp.ones((batch, length_kv, kv_heads, head_dim), dtype)
-        out = jax_sage.attention(q, k, k, recipe=recipe, is_causal=is_causal)
-        jax.block_until_ready(out)
-        assert bool((out == 1).all())
+    for mma_sync in (False, True):
+        for case in CASES:
+            run(*case, mma_sync)
+    run(*MANY_TILES, mma_sync=False)
     print("all cases ran")
 
 

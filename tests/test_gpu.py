@@ -38,6 +38,14 @@ def on_gpu():
         assert reason is None, "without a kernel these tests would test the portable path"
 
 
+@pytest.fixture(params=[False, True], ids=["own", "mma.sync"])
+def mma_sync(request):
+    """A Hopper GPU has kernels of its own, and can run the RTX 4090's: tests run with both."""
+    if request.param and all(kernels.family(r) == "mma.sync" for r in ALL_RECIPES.values()):
+        pytest.skip("this GPU's own kernels are those on mma.sync")
+    return request.param
+
+
 class TestGpu(AttentionSuite):
     """The common tests."""
 
@@ -63,15 +71,15 @@ def on_cpu(function, *args):
 
 
 @functools.lru_cache(maxsize=256)
-def jitted_portable(**params):
-    return jax.jit(functools.partial(portable.attention, **params))
+def jitted(function, **params):
+    return jax.jit(functools.partial(function, **params))
 
 
 def scale_log2(q, scale=None):
     return (1 / math.sqrt(q.shape[-1]) if scale is None else scale) * math.log2(math.e)
 
 
-def assert_near_portable(q, k, v, *, recipe, is_causal=False):
+def assert_near_portable(q, k, v, *, recipe, is_causal=False, mma_sync=False):
     """As close as the order of sums allows, on data whose codes and scales are bitwise equal.
 
     P is rounded alike, because the row maximum is an integer, whatever the order of blocks. There
@@ -90,9 +98,10 @@ def assert_near_portable(q, k, v, *, recipe, is_causal=False):
     flips of 2^-3 in 2e-5 of the elements add 2^-3 sqrt(2e-5) = 5.6e-4. Together 1.3e-3, to be
     compared with quantization's 3e-2.
     """
-    recipe = resolve(recipe)
-    out, lse = attention(q, k, v, recipe=recipe, is_causal=is_causal)
-    run = jitted_portable(scale_log2=scale_log2(q), is_causal=is_causal, recipe=recipe)
+    params = {"scale_log2": scale_log2(q), "is_causal": is_causal, "recipe": resolve(recipe)}
+    run = jitted(lowering_cuda.attention, **params, exact_lse=True, mma_sync=mma_sync)
+    out, lse = (np.asarray(x) for x in run(q, k, v))
+    run = jitted(portable.attention, **params)
     other, other_lse = (np.asarray(x) for x in on_cpu(run, q, k, v))
     expected = reference.analyse(q, k, v, is_causal=is_causal)
 
@@ -111,22 +120,35 @@ def assert_near_portable(q, k, v, *, recipe, is_causal=False):
 
 @EACH_RECIPE
 @BOTH_MASKS
-def test_near_portable(recipe, is_causal):
+def test_near_portable(recipe, is_causal, mma_sync):
     q, k, v = inputs("normal", (2, 300, 4, 128), (2, 1000, 2, 128))
-    assert_near_portable(q, k, v, recipe=recipe, is_causal=is_causal)
+    assert_near_portable(q, k, v, recipe=recipe, is_causal=is_causal, mma_sync=mma_sync)
 
 
 @pytest.mark.parametrize("recipe", NAMED)
 @pytest.mark.parametrize("kind", ["outlier", "heavy", "constant"])
-def test_near_portable_on(kind, recipe):
+def test_near_portable_on(kind, recipe, mma_sync):
     q, k, v = inputs(kind, (1, 257, 2, 64), (1, 700, 2, 64))
-    assert_near_portable(q, k, v, recipe=recipe)
+    assert_near_portable(q, k, v, recipe=recipe, mma_sync=mma_sync)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_near_portable_in(dtype):
+def test_near_portable_in(dtype, mma_sync):
     q, k, v = inputs("normal", (1, 257, 2, 96), (1, 700, 1, 96), dtype)
-    assert_near_portable(q, k, v, recipe="8+8")
+    assert_near_portable(q, k, v, recipe="8+8", mma_sync=mma_sync)
+
+
+@BOTH_MASKS
+def test_not_finite_is_as_in_portable(is_causal, mma_sync):
+    """NaN in the outputs that attend to it and in no others."""
+    q, k, v = inputs("normal", (2, 130, 4, 64), (2, 200, 2, 64))
+    q[0, 67, 2, 5], k[1, 90, 1, 5], v[0, 100, 0, 7] = np.nan, np.inf, -np.inf
+    params = {"scale_log2": scale_log2(q), "is_causal": is_causal, "recipe": RECIPES["8+8"]}
+    run = jitted(lowering_cuda.attention, **params, exact_lse=True, mma_sync=mma_sync)
+    expected = on_cpu(jitted(portable.attention, **params), q, k, v)
+    for x, y in zip(run(q, k, v), expected, strict=True):
+        assert np.isnan(y).any()
+        np.testing.assert_array_equal(np.isnan(x), np.isnan(y))
 
 
 # Codes and scales.
@@ -325,7 +347,7 @@ def random_case(rng):
 
 
 def test_random_shapes():
-    """1000 of them against float64, each tenth against the portable path too."""
+    """1000 of them against float64, each tenth against the portable path too, in both families."""
     rng = np.random.default_rng(0)
     for number in range(1000):
         arrays, options = random_case(rng)
@@ -333,7 +355,8 @@ def test_random_shapes():
         try:
             check(q, k, v, **options)
             if number % 10 == 0:
-                assert_near_portable(q, k, v, **options)
+                for mma_sync in (False, True):
+                    assert_near_portable(q, k, v, **options, mma_sync=mma_sync)
         except AssertionError as error:
             raise AssertionError(f"case {number}: {arrays} {options}") from error
 

@@ -109,6 +109,24 @@ def test_attributes(recipe, is_causal):  # fmt: skip
     assert attribute(attention, "is_causal") == (str(int(is_causal)), "i64")
     assert attribute(attention, "exact_lse") == ("1", "i64")
     assert attribute(attention, "pv_accumulator") == (recipe.pv_accumulator[2:], "i64")
+    assert attribute(attention, "mma_sync") == ("0", "i64")
+
+
+@needs_module
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_lowering_can_ask_for_mma_sync(recipe):
+    """What test_gpu.py relies on; jax_sage.attention does not offer it."""
+    x = jax.ShapeDtypeStruct((2, 300, 4, 64), jnp.bfloat16)
+    f = functools.partial(
+        lowering_cuda.attention,
+        scale_log2=0.2,
+        is_causal=False,
+        exact_lse=True,
+        recipe=RECIPES[recipe],
+        mma_sync=True,
+    )
+    text = jax.jit(f).trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert attribute(custom_calls(text)["jax_sage_attention"], "mma_sync") == ("1", "i64")
 
 
 @needs_module
@@ -232,6 +250,7 @@ def right_call(which, recipe="8+8", query=(2, 300, 4, 80), key=(2, 1100, 2, 80))
         "is_causal": 1.0,
         "exact_lse": 0.0,
         "pv_accumulator": 16.0,
+        "mma_sync": 0.0,
     }
     return quantized, [describe(q), ("F32", list(query[:-1]))], attrs
 
@@ -320,6 +339,7 @@ def test_wrong_dtypes_are_named(which, recipe):
         ("attention", "is_causal", [2, -1, math.nan]),
         ("attention", "exact_lse", [2, -1, math.nan]),
         ("attention", "pv_accumulator", [0, 8, 17, 64, math.nan]),
+        ("attention", "mma_sync", [2, -1, math.nan]),
         ("attention", "length_kv", [0, -1, 2.0**31, 2.0**40, math.nan]),
     ],
 )
