@@ -394,6 +394,24 @@ np.savez(sys.argv[1], *results)
 """
 
 
+def custom_calls(thunks):
+    """Custom calls in XLA's dump of what an executable runs: (in a CUDA graph, outside of one).
+
+    There is a line for each step, "003: kCustomCall ...". What a command buffer, the XLA name of a
+    graph, holds is indented below it.
+    """
+    inside, outside, buffer_indent = 0, 0, None
+    for indent, kind in re.findall(r"^( *)(?:\d+: )?(k[A-Z]\w+)", thunks, re.MULTILINE):
+        if buffer_indent is not None and len(indent) <= buffer_indent:
+            buffer_indent = None
+        if kind == "kCommandBuffer" and buffer_indent is None:
+            buffer_indent = len(indent)
+        if kind == "kCustomCall":
+            inside += buffer_indent is not None
+            outside += buffer_indent is None
+    return inside, outside
+
+
 def test_cuda_graphs(tmp_path):
     def run(name, flags):
         env = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
@@ -403,12 +421,24 @@ def test_cuda_graphs(tmp_path):
             return list(results.values())
 
     plain = run("plain.npz", "--xla_gpu_enable_command_buffer=")
-    graph = run("graph.npz", f"--xla_gpu_graph_min_graph_size=1 --xla_dump_to={tmp_path / 'dump'}")
+    dump = tmp_path / "dump"
+    flags = "--xla_gpu_enable_command_buffer=FUSION,CUSTOM_CALL --xla_gpu_graph_min_graph_size=1"
+    graph = run("graph.npz", f"{flags} --xla_dump_to={dump}")
     for x, y in zip(plain, graph, strict=True):
         np.testing.assert_array_equal(x, y)
     assert not np.array_equal(graph[0], graph[3])  # another input, another output
-    dumped = "".join(p.read_text(errors="ignore") for p in (tmp_path / "dump").glob("*f.*.txt"))
-    assert re.search("command_?buffer", dumped, re.IGNORECASE), "no graph was made"
+
+    dumped = {p.name: p.read_text() for p in sorted(dump.glob("*.jit_f.*.txt"))}
+    programs = [text for name, text in dumped.items() if "gpu_after_optimizations.txt" in name]
+    assert len(programs) == 1, f"f was not compiled once: {sorted(os.listdir(dump))}"
+    targets = re.findall(r'custom_call_target="(\w+)"', programs[0])
+    assert sorted(targets) == ["jax_sage_attention"] * 2 + ["jax_sage_quantize"] * 2
+    # This one is written only if a command buffer was made.
+    runs = [text for name, text in dumped.items() if "thunk_sequence_after_thunk_passes" in name]
+    assert len(runs) == 1, "no graph was made of:\n" + "\n".join(
+        text for name, text in dumped.items() if "thunk_sequence" in name
+    )
+    assert custom_calls(runs[0]) == (len(targets), 0), f"not all of them are in a graph:\n{runs[0]}"
 
 
 @pytest.mark.parametrize(
