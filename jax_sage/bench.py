@@ -1,9 +1,8 @@
 """Speed and accuracy of attention on this machine: ``python -m jax_sage.bench``.
 
-Speed is that of the whole jitted call, quantization included, in TOPS: 4 B H N² D operations,
-half of that if causal, over the time of a call. The implementations take turns in one run; a time
-is the median over turns of many calls queued back to back, which hides the dispatch of all but the
-first. The inputs are random and larger than the caches.
+Speed is that of the whole jitted call, from bfloat16 to bfloat16, quantization included, in TOPS:
+4 B H N² D operations, half of that if causal, over the time of a call. The implementations take
+turns in one run, and a time is the median over the turns. The inputs are standard normal.
 """
 
 import argparse
@@ -14,17 +13,25 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_sage import __version__, kernels
 from jax_sage.attention import attention
+from jax_sage.peers import PEERS, XLA
 from jax_sage.recipe import RECIPES
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Name = tuple[str, str]  # implementation and recipe
+Note = Callable[[str], None]
+
+OURS = "jax_sage"
+# Far above the error of any FP8 attention on these inputs (0.06), far below that of a wrong result.
+WRONG = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,48 +45,61 @@ class Shape:
 
     @property
     def operations(self) -> float:
-        full = 4.0 * self.batch * self.heads * self.length**2 * self.head_dim
-        return full / 2 if self.causal else full
+        return 4.0 * self.scores * self.head_dim / (2 if self.causal else 1)
+
+    def __str__(self) -> str:
+        kv_heads = f" ({self.kv_heads} of K and V)" if self.kv_heads != self.heads else ""
+        return (
+            f"batch {self.batch}, {self.length} tokens, {self.heads} heads{kv_heads} of "
+            f"{self.head_dim}, {'causal' if self.causal else 'not causal'}"
+        )
+
+    @property
+    def scores(self) -> int:
+        return self.batch * self.heads * self.length**2
 
 
-def _grid(lengths: Sequence[int], head_dims: Sequence[int]) -> list[Shape]:
+class Suite(NamedTuple):
+    shapes: Sequence[Shape]
+    # XLA's attention stores the scores. It runs where there are no more of them than this.
+    xla_scores: int
+
+
+def _grid(lengths: Sequence[int]) -> Iterator[Shape]:
     """16384 tokens (one sequence beyond that), heads * head_dim = 2048."""
-    return [
-        Shape(max(1, 16384 // n), n, 2048 // d, 2048 // d, d, causal)
-        for d in head_dims
-        for causal in (False, True)
-        for n in lengths
-    ]
+    for head_dim in (128, 64):
+        heads = 2048 // head_dim
+        for causal in (False, True):
+            for length in lengths:
+                yield Shape(max(1, 16384 // length), length, heads, heads, head_dim, causal)
 
 
 VIDEO_DIT = Shape(2, 17776, 48, 48, 64, False)
 LLM_PREFILL = Shape(1, 8192, 32, 8, 128, True)
-SHORT = [*_grid([1024, 4096, 8192, 32768], [128]), *_grid([1024, 4096, 8192, 32768], [64])]
-FULL = [
-    *_grid([1024, 2048, 4096, 8192, 16384, 32768, 65536], [128, 64]),
-    VIDEO_DIT,
-    LLM_PREFILL,
-]
+# XLA takes longer to compile its attention than all others together: 1K tokens must do.
+SHORT = Suite([*_grid([1024, 4096, 8192, 32768])], xla_scores=2**29)
+# 2**33 scores are 34 GB in float32.
+FULL = Suite(
+    [*_grid([1024, 2048, 4096, 8192, 16384, 32768, 65536]), VIDEO_DIT, LLM_PREFILL],
+    xla_scores=2**33,
+)
 # The portable path computes the same numbers hundreds of times slower.
-CPU = [Shape(1, 1024, 4, 4, 64, causal) for causal in (False, True)]
+CPU = Suite([Shape(1, 1024, 4, 4, 64, causal) for causal in (False, True)], xla_scores=2**33)
 
 
-def implementations(shape: Shape) -> dict[tuple[str, str], Attention]:
-    """What can be compared on this device, by (implementation, recipe)."""
-    result: dict[tuple[str, str], Attention] = {
-        ("jax_sage", name): functools.partial(attention, recipe=name, is_causal=shape.causal)
-        for name in RECIPES
-    }
-    peers = ("cudnn", "xla") if jax.default_backend() == "gpu" else ("xla",)
-    for peer in peers:
-        # XLA's attention stores the scores: above this it does not fit, or takes minutes.
-        if peer == "xla" and shape.batch * shape.heads * shape.length**2 > 2**33:
-            continue
-        result[(f"jax.nn {peer}", "bf16")] = functools.partial(
-            jax.nn.dot_product_attention,
-            is_causal=shape.causal,
-            implementation=peer,
-        )
+def implementations(shape: Shape, xla_scores: int) -> dict[Name, Attention | str]:
+    """What to compare, ours first; in place of one that cannot run, the reason."""
+    result: dict[Name, Attention | str] = {}
+    on_gpu = jax.default_backend() == "gpu"
+    for name, recipe in RECIPES.items():
+        # On a GPU without a kernel for it, a recipe would run for hours at these lengths.
+        reason = kernels.why_unavailable(recipe) if on_gpu else None
+        ours = functools.partial(attention, recipe=name, is_causal=shape.causal)
+        result[OURS, name] = reason or ours
+    for peer, function in PEERS.items():
+        result[peer] = functools.partial(function, is_causal=shape.causal)
+    if shape.scores > xla_scores:
+        result[XLA] = f"it stores the scores: not run with more than {xla_scores:.1e} of them"
     return result
 
 
@@ -93,39 +113,103 @@ def inputs(shape: Shape) -> tuple[jax.Array, jax.Array, jax.Array]:
     return q, k, v
 
 
-def measure(
-    functions: dict[Any, Attention], arguments: Sequence[jax.Array], turns: int = 5
-) -> dict[Any, float]:
-    """Seconds a call of each; a function that cannot run on these arguments is left out."""
-    compiled, calls = {}, {}
+def prepare(
+    functions: dict[Name, Attention | str], arguments: Sequence[jax.Array], note: Note
+) -> dict[Name, Attention]:
+    """Compiles each and runs it once. A peer that fails is left out, and so is a wrong result."""
+    runs: dict[Name, Attention] = {}
+    reference = None
     for name, function in functions.items():
+        left_out = f"{' '.join(name)} is left out: "
+        if isinstance(function, str):
+            note(left_out + function)
+            continue
         run = jax.jit(function)
         try:
-            jax.block_until_ready(run(*arguments))
-        except Exception as error:
-            print(f"{name} left out: {str(error).splitlines()[0]}", file=sys.stderr)
+            out = jax.block_until_ready(run(*arguments))
+        except Exception as error:  # there is no telling what a peer that cannot run raises
+            if name[0] == OURS:
+                raise
+            note(f"{left_out}{type(error).__name__}: {str(error).partition(chr(10))[0]}")
             continue
-        start = time.perf_counter()
-        jax.block_until_ready(run(*arguments))
-        once = time.perf_counter() - start
-        compiled[name], calls[name] = run, int(min(max(0.03 / once, 2), 100))
-    times: dict[Any, list[float]] = {name: [] for name in compiled}
-    for _ in range(turns):
-        for name, run in compiled.items():
-            start = time.perf_counter()
-            for _ in range(calls[name]):
-                out = run(*arguments)
-            jax.block_until_ready(out)
-            times[name].append((time.perf_counter() - start) / calls[name])
+        if reference is None:
+            reference = out
+        difference = float(relative_l1(out, reference))
+        if not difference <= WRONG:
+            note(f"{left_out}its result is wrong (relative L1 difference {difference:.2g})")
+            continue
+        runs[name] = run
+    return runs
+
+
+@jax.jit
+def relative_l1(x: jax.Array, reference: jax.Array) -> jax.Array:
+    x, reference = x.astype(jnp.float32), reference.astype(jnp.float32)
+    return jnp.abs(x - reference).sum() / jnp.abs(reference).sum()
+
+
+def measure(
+    runs: dict[Name, Attention], arguments: Sequence[jax.Array], note: Note, turns: int = 5
+) -> dict[Name, float]:
+    """Seconds a call of each, without its dispatch.
+
+    Dispatch takes the host 30 to 100 µs, a short call takes the GPU 150. Calls are queued back to
+    back, so that the GPU always has the next one: of the 40 ms of a turn only the first dispatch
+    is not hidden, less than 0.5 %. Whether the GPU did fall behind the host is checked.
+
+    A loop inside of the program would need each call to depend on the one before. That takes a
+    small kernel a call, which is no smaller an error, or outputs as the next queries, and these
+    are averages: all scores would be alike.
+    """
+    calls = {}
+    for name, run in runs.items():
+        once, _ = _turn(run, arguments, 1)
+        calls[name] = max(2, round(0.04 / once))
+    times: dict[Name, list[float]] = {name: [] for name in runs}
+    waits = dict.fromkeys(runs, 0)
+    for turn in range(turns):
+        # To and fro: none always comes after the same other, which may have heated the GPU.
+        for name in list(runs)[:: -1 if turn % 2 else 1]:
+            seconds, behind = _turn(runs[name], arguments, calls[name])
+            times[name].append(seconds)
+            waits[name] += not behind
+    for name, wait in waits.items():
+        if 2 * wait > turns:
+            note(f"{' '.join(name)}: the device had to wait for the host, dispatch is in the time")
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def speed(shapes: Sequence[Shape]) -> list[dict[str, Any]]:
-    """One row for each shape and implementation."""
+def _turn(run: Attention, arguments: Sequence[jax.Array], calls: int) -> tuple[float, bool]:
+    """Seconds a call, and whether the device still had to finish two calls after all were queued.
+
+    A device that waits for the host has at most the last one left by then: between one and two,
+    1.5 leaves room for the jitter of both.
+    """
+    start = time.perf_counter()
+    for _ in range(calls):
+        out = run(*arguments)
+    queued = time.perf_counter()
+    jax.block_until_ready(out)
+    end = time.perf_counter()
+    seconds = (end - start) / calls
+    return seconds, end - queued > 1.5 * seconds
+
+
+def speed(suite: Suite) -> list[dict[str, Any]]:
+    """One row for each shape and implementation. Progress and what is left out go to stderr."""
+    # Cached: each distinct note is printed once.
+    note = functools.cache(functools.partial(print, file=sys.stderr, flush=True))
     rows = []
-    for index, shape in enumerate(shapes):
-        print(f"[{index + 1}/{len(shapes)}] {shape}", file=sys.stderr, flush=True)
-        for (name, recipe), seconds in measure(implementations(shape), inputs(shape)).items():
+    start = time.monotonic()
+    total = len(suite.shapes)
+    for done, shape in enumerate(suite.shapes):
+        elapsed = time.monotonic() - start
+        left = f", about {elapsed / done * (total - done):.0f} s left" if done else ""
+        progress = f"[{done + 1}/{total}] {shape} ({elapsed:.0f} s elapsed{left})"
+        print(progress, file=sys.stderr, flush=True)
+        arguments = inputs(shape)
+        runs = prepare(implementations(shape, suite.xla_scores), arguments, note)
+        for (name, recipe), seconds in measure(runs, arguments, note).items():
             rows.append(
                 {
                     "impl": name,
@@ -194,41 +278,62 @@ def exact_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     return out
 
 
+_COLUMNS = tuple(field.name for field in dataclasses.fields(Shape))
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as text: a line a shape, a column an implementation."""
-    names = list(dict.fromkeys((row["impl"], row["recipe"]) for row in rows))
-    header = "TOPS (batch, length, heads/kv, head_dim)".ljust(42)
-    lines = ["  ".join([header, *map(" ".join, names)])]
-    shapes = list(dict.fromkeys(Shape(*(row[f.name] for f in _FIELDS)) for row in rows))
-    for shape in shapes:
-        label = f"{shape.batch}, {shape.length}, {shape.heads}/{shape.kv_heads}, {shape.head_dim}"
-        cells = {
-            (row["impl"], row["recipe"]): row["tops"]
-            for row in rows
-            if Shape(*(row[f.name] for f in _FIELDS)) == shape
-        }
-        values = ((f"{cells[n]:.3g}" if n in cells else "-").rjust(len(" ".join(n))) for n in names)
-        lines.append("  ".join([(label + (" causal" if shape.causal else "")).ljust(42), *values]))
-    return "\n".join(lines)
-
-
-_FIELDS = dataclasses.fields(Shape)
+    shapes: dict[Shape, dict[Name, float]] = {}
+    for row in rows:
+        tops = shapes.setdefault(Shape(*(row[name] for name in _COLUMNS)), {})
+        tops[row["impl"], row["recipe"]] = row["tops"]
+    names = list(dict.fromkeys(name for tops in shapes.values() for name in tops))
+    lines = [[""] * len(_COLUMNS) + [impl for impl, _ in names]]
+    lines.append([*_COLUMNS, *(recipe for _, recipe in names)])
+    for shape, tops in shapes.items():
+        *sizes, causal = dataclasses.astuple(shape)
+        cells = [f"{tops[name]:.4g}" if name in tops else "-" for name in names]
+        lines.append([*map(str, sizes), "yes" if causal else "no", *cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m jax_sage.bench", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m jax_sage.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--short", action="store_true", help="fewer lengths, no model shapes")
-    parser.add_argument("--json", type=pathlib.Path, help="also write the rows to this file")
+    parser.add_argument("--json", type=pathlib.Path, help="also write the figures to this file")
+    parser.add_argument("--chart", type=pathlib.Path, help="also draw them, as this PNG file")
     options = parser.parse_args(argv)
+    if options.chart:
+        # Now, not after the minutes that measuring takes.
+        try:
+            from jax_sage import chart
+        except ModuleNotFoundError as error:
+            parser.error(f"--chart: {error}. It needs matplotlib: pip install matplotlib")
+    device = jax.local_devices()[0].device_kind
     if jax.default_backend() == "gpu":
-        shapes = SHORT if options.short else FULL
+        suite = SHORT if options.short else FULL
+        title = device
     else:
+        suite = CPU
+        title = f"{device} (jax_sage: the portable path, which is not meant to be fast)"
         print("No GPU: these figures are of the portable path, which is not meant to be fast.")
-        shapes = CPU
-    rows = speed(shapes)
+    rows = speed(suite)
+    print("TOPS of the whole call, quantization included")
     print(table(rows))
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        versions = {"jax_sage": __version__, "jax": jax.__version__}
+        result = {"device": device, "versions": versions, "speed": rows}
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    if options.chart:
+        chart.draw(rows, title, options.chart)
 
 
 if __name__ == "__main__":

@@ -108,6 +108,7 @@ def check(root: pathlib.Path) -> pathlib.Path:
     path = root / RECORDS / f"{device.device_kind.replace(' ', '-').lower()}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
+    print(bench.table(record["speed"]))
     print(f"wrote {path}: {tests}")
     if tests["failed"] or not tests["passed"]:
         raise SystemExit("GPU tests failed.")
