@@ -79,7 +79,8 @@ def attention(
       ``[*B, T, N, H]`` in the dtype of query; with ``return_residual``, a pair of that and
       lse ``[*B, T, N]`` in float32, natural logarithm. A query that sees no key (S = 0) gives
       output 0 and lse -inf. Values of the input that are not finite give NaN in the outputs that
-      attend to them and in no others.
+      attend to them and in no others; so does a query whose largest score, less its product with
+      the mean key, is beyond ±1.16e7 (2^24 in base 2), where FP32 cannot tell scores apart.
 
     Raises:
       TypeError: a dtype is not supported or differs between the arrays, or an option has the wrong

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from jax_sage.quantization import Quantized, quantize, round_e4m3, round_fp16
-from jax_sage.recipe import BLOCK_KV, P_MAX, Recipe
+from jax_sage.recipe import BLOCK_KV, P_MAX, SCORE_MAX, Recipe
 
 _f32 = np.float32
 _LOG2_P_MAX = _f32(np.log2(P_MAX))
@@ -146,6 +146,10 @@ def _attend(
     scale, offset = x.v_scale[..., None, None, :], x.v_offset[..., None, None, :]
     out = jnp.where(norm == 0, _f32(0), acc[..., :-1] / norm * scale + offset)
     lse = _LN_2 * (row_max + jnp.log2(row_sum) - _LOG2_P_MAX)
+
+    too_large = (jnp.abs(row_max) >= _f32(SCORE_MAX)) & ~jnp.isneginf(row_max)
+    out = jnp.where(too_large[..., None], _f32(np.nan), out)
+    lse = jnp.where(too_large, _f32(np.nan), lse)
 
     last = jnp.minimum(rows, np.int32(length_kv - 1)) if is_causal else np.int32(length_kv - 1)
     last = jnp.broadcast_to(last, rows.shape)

@@ -14,6 +14,10 @@ from typing import Literal
 P_MAX = 256.0
 V_MAX = 1.875
 
+# Scores (base 2) from here on have rounding errors above 1 in FP32: P may be off by powers of two,
+# and overflow. A row whose maximum is that large gives NaN.
+SCORE_MAX = 2.0**24
+
 # Keys whose INT8 scales are computed together.
 BLOCK_KV = 64
 

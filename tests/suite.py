@@ -464,6 +464,24 @@ class AttentionSuite:
         np.testing.assert_array_equal(actual[0], out)
         np.testing.assert_array_equal(actual[1], lse)
 
+    @pytest.mark.parametrize("sign", [1, -1])
+    @pytest.mark.parametrize("recipe", NAMED)
+    @BOTH_MASKS
+    def test_scores_that_fp32_does_not_resolve(self, recipe, is_causal, sign):
+        """NaN, for want of a right result, to their query alone; up to there all is finite."""
+        shape = (2, 130, 2, 16)
+        q, k, v = reference.inputs("normal", shape, shape)
+        k[:, ::2, :, 0] += 50  # k - k̄ is 25 or -25 there, and every query sees both
+        expected = [np.array(x) for x in attention(q, k, v, recipe=recipe, is_causal=is_causal)]
+        q[1, 67, 1] = sign * 1e7  # scores of 25 log2(e) / 4 = 9 times this; the limit is 1.7e7
+        q[1, 68, 1] = sign * 1e6
+        out, lse = attention(q, k, v, recipe=recipe, is_causal=is_causal)
+        assert np.isfinite(out[1, 68, 1]).all() and np.isfinite(lse[1, 68, 1])
+        for x, y in zip((out, lse), expected, strict=True):
+            y[1, 67, 1] = np.nan
+            y[1, 68, 1] = x[1, 68, 1]
+            np.testing.assert_array_equal(x, y)
+
     def test_nothing_is_finite(self):
         nan = np.full((1, 70, 2, 16), np.nan, np.float32)
         out, lse = attention(nan, nan, nan)

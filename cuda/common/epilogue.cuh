@@ -113,13 +113,15 @@ __device__ __forceinline__ void FinishRows(const AttentionParams& params, const 
                                            const ChannelTable<kHeadDim>& table, int row, int lane,
                                            float (&o)[kHeadDim / 8][4], const float (&max)[2],
                                            const float (&sum)[2], const float (&quantized_sum)[2]) {
-  float inverse[2];
+  float norm[2], inverse[2];
   int last_key[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     last_key[half] =
         params.is_causal ? min(row + 8 * half, params.length_kv - 1) : params.length_kv - 1;
-    inverse[half] = 1.0f / quantized_sum[half];
+    const bool too_large = fabsf(max[half]) >= kScoreMax && max[half] != -kInf;
+    norm[half] = too_large ? kNan : quantized_sum[half];
+    inverse[half] = 1.0f / norm[half];
   }
 #pragma unroll
   for (int n = 0; n < kHeadDim / 8; ++n) {
@@ -133,9 +135,7 @@ __device__ __forceinline__ void FinishRows(const AttentionParams& params, const 
       float& y = o[n][2 * half + 1];
       x = x * inverse[half] * scale.x + offset.x;
       y = y * inverse[half] * scale.y + offset.y;
-      // Nothing seen: 0. A sum of 0 otherwise means scores so large (beyond 2^24) that FP32 cannot
-      // tell their maximum.
-      if (quantized_sum[half] == 0) x = y = max[half] == -kInf ? 0.0f : kNan;
+      if (norm[half] == 0) x = y = 0;  // nothing seen
       if (bad.x <= last_key[half]) x = kNan;
       if (bad.y <= last_key[half]) y = kNan;
     }
@@ -154,7 +154,7 @@ __device__ __forceinline__ void FinishRows(const AttentionParams& params, const 
     if ((lane & 3) == 0) {
       float lse = CUDART_LN2_F * (max[half] + log2f(total) - kLog2PMax +
                                   params.q_dot_mean[position.head * params.padded_q + this_row]);
-      if (bad_key <= last_key[half]) lse = kNan;
+      if (bad_key <= last_key[half] || isnan(norm[half])) lse = kNan;
       params.lse[out_row] = lse;
     }
     const int64_t offset = out_row * params.head_dim;

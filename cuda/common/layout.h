@@ -15,6 +15,7 @@ constexpr int kKeyScales = 4;  // per block of keys: one for the keys = {2j, 2j+
 constexpr float kPMax = 256.0f;
 constexpr float kLog2PMax = 8.0f;
 constexpr float kVMax = 1.875f;
+constexpr float kScoreMax = 0x1p24f;  // base 2; a row with a larger maximum gives NaN
 constexpr float kInt8Max = 127.0f;
 constexpr float kAbsmaxFloor = 0x1p-100f;
 constexpr float kMeanMax = 0x1p100f;
