@@ -13,6 +13,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import source_info_util
 
 from jax_sage import kernels, portable
 from jax_sage.recipe import BLOCK_KV, Recipe
@@ -41,11 +42,13 @@ def attention(
     """
     reason = kernels.why_unavailable(recipe)
     if reason is not None:
+        # The stack is that of a compilation, which need not hold the call of jax_sage.attention.
+        place = source_info_util.summarize(source_info_util.current())
         warnings.warn(
-            f"jax_sage.attention is lowered for CUDA in portable JAX, far slower than a kernel: "
-            f"{reason}",
+            f"jax_sage.attention, called at {place or 'an unknown place'}, is lowered for CUDA in "
+            f"portable JAX, far slower than a kernel: {reason}",
             kernels.PortableWarning,
-            stacklevel=2,
+            stacklevel=1,
         )
         return portable.attention(
             query, key, value, scale_log2=scale_log2, is_causal=is_causal, recipe=recipe

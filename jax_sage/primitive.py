@@ -6,16 +6,21 @@ layouts of :func:`jax_sage.attention`. ``scale_log2`` is the softmax scale times
 """
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+from jax.extend import source_info_util
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jax_sage import lowering_cuda, portable
 from jax_sage.recipe import Recipe
+
+# Warnings, profiles and the metadata of XLA then name the caller's line.
+source_info_util.register_exclusion(os.path.join(os.path.dirname(__file__), ""))
 
 attention_p = Primitive("sage_attention")
 attention_p.multiple_results = True

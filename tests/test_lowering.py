@@ -202,6 +202,19 @@ def test_without_kernels_it_warns_and_is_portable(monkeypatch, recipe):
     assert custom_calls(text) == {}
 
 
+def test_the_warning_names_the_line_that_calls_attention(monkeypatch):
+    """Not the one that happens to compile it."""
+
+    def model(x):
+        return jax_sage.attention(x, x, x)
+
+    monkeypatch.setattr(kernels, "_cuda", None)
+    traced = jax.jit(lambda x: model(x) + 1).trace(jnp.ones((1, 100, 2, 40)))
+    line = model.__code__.co_firstlineno + 1
+    with pytest.warns(kernels.PortableWarning, match=rf"called at \S+test_lowering\.py:{line}\b"):
+        traced.lower(lowering_platforms=("cuda",))
+
+
 @needs_module
 def test_no_warning_with_kernels():
     with warnings.catch_warnings():
