@@ -456,3 +456,16 @@ def test_python_m_jax_sage(tmp_path):
         assert 0 < float(error) < SELF_CHECK[name]
     assert re.search(rf"^jax_sage +{re.escape(jax_sage.__version__)}$", result.stdout, re.MULTILINE)
     assert re.search(r"^device +\S.* \(cpu\)$", result.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("argument", "code", "text"),
+    [("--help", 0, "usage: python -m jax_sage"), ("--verbose", 2, "unrecognized arguments")],
+)
+def test_python_m_jax_sage_reads_its_arguments(tmp_path, argument, code, text):
+    command = [sys.executable, "-m", "jax_sage", argument]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == code
+    assert text in result.stdout + result.stderr
+    assert "self-check" not in result.stdout
