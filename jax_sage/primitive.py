@@ -58,9 +58,28 @@ def _batch(
     operands: Sequence[jax.Array], axes: Sequence[int | None], **params: Any
 ) -> tuple[Sequence[jax.Array], Sequence[int]]:
     """The new axis becomes a leading batch dimension of all three."""
+    query_axis, *other_axes = axes
+    if query_axis is not None and other_axes == [None, None]:
+        return _batch_query(*operands, axis=query_axis, **params)
     size = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
     moved = [batching.bdim_at_front(x, a, size) for x, a in zip(operands, axes, strict=True)]
     return attention_p.bind(*moved, **params), (0, 0)
+
+
+def _batch_query(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, axis: int, is_causal: bool, **params: Any
+) -> tuple[Sequence[jax.Array], Sequence[int]]:
+    """The query alone has the new axis: more tokens (or heads, if causal) see one key and value."""
+    if is_causal:  # [*B, T, N, axis, H]: a group of query heads is in one piece
+        place = query.ndim - 2
+        first = place - 1
+    else:  # [*B, axis, T, N, H]
+        place = first = query.ndim - 4
+    moved = jnp.moveaxis(query, axis, place)
+    shape = moved.shape
+    merged = moved.reshape(*shape[:first], shape[first] * shape[first + 1], *shape[first + 2 :])
+    out, lse = attention_p.bind(merged, key, value, is_causal=is_causal, **params)
+    return (out.reshape(shape), lse.reshape(shape[:-1])), (place, place)
 
 
 batching.primitive_batchers[attention_p] = _batch

@@ -229,15 +229,16 @@ class AttentionSuite:
         [(0, 0, 0), (0, None, None), (None, 1, None), (None, None, -1), (2, 0, 4)],
         ids=str,
     )
-    def test_vmap(self, axes):
-        shape = (2, 20, 2, 16)
-        arrays = reference.inputs("normal", (3, *shape), (3, *shape), "bfloat16")
+    @BOTH_MASKS
+    def test_vmap(self, axes, is_causal):
+        shapes = (3, 2, 20, 4, 16), (3, 2, 30, 2, 16)
+        arrays = reference.inputs("normal", *shapes, "bfloat16")
         given = [
             x[0] if a is None else np.moveaxis(x, 0, a) for x, a in zip(arrays, axes, strict=True)
         ]
 
         def both(q, k, v):
-            return jax_sage.attention(q, k, v, return_residual=True, is_causal=True)
+            return jax_sage.attention(q, k, v, return_residual=True, is_causal=is_causal)
 
         actual = [np.asarray(x) for x in jax.vmap(both, in_axes=axes)(*given)]
         single = [

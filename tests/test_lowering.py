@@ -184,6 +184,20 @@ def test_vmap_is_a_batch_dimension():
 
 
 @needs_module
+@pytest.mark.parametrize(
+    ("is_causal", "folded"), [(False, (3, 500, 4, 64)), (True, (3, 100, 20, 64))]
+)
+def test_vmap_of_queries_does_not_copy_keys(is_causal, folded):
+    key = (3, 200, 2, 64)
+    q, k = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((5, 3, 100, 4, 64), key))
+    f = functools.partial(jax_sage.attention, is_causal=is_causal)
+    traced = jax.jit(jax.vmap(f, (0, None, None))).trace(q, k, k)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    operands, _ = signature(custom_calls(text)["jax_sage_quantize"])
+    assert operands == [(folded, "bf16"), (key, "bf16"), (key, "bf16")]
+
+
+@needs_module
 def test_nothing_of_size_t_times_s():
     """T = S = 8192: T·S in any tensor would be 2^26 elements a head; all inputs are 2^20."""
     length, head_dim = 1 << 13, 128
