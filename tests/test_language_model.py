@@ -5,6 +5,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -95,10 +96,17 @@ def test_swapping_attention_back_gives_the_same_score(example, config):
     np.testing.assert_allclose(example.evaluate(model, windows, 8), before, rtol=1e-5)
 
 
+def test_gpu_config_needs_no_cudnn(example, capsys):
+    config = example.gpu_config()
+    fell_back = "cuDNN's does not run here" in capsys.readouterr().out
+    assert fell_back == (config.exact is example.Config().exact)
+    if jax.default_backend() == "cpu":
+        assert fell_back
+
+
 def test_bfloat16_as_on_a_gpu(example, config):
     from flax import nnx
 
-    # cuDNN is not here: otherwise the types of gpu_config().
     config = dataclasses.replace(config, layers=1, dtype=example.gpu_config().dtype)
     model = example.LanguageModel(100, config, nnx.Rngs(1))
     windows = np.random.default_rng(0).integers(0, 100, (4, config.context + 1), np.int32)
@@ -120,9 +128,20 @@ def test_report_and_plot(example, config, trained, tmp_path):
     assert output.read_bytes().startswith(b"\x89PNG")
 
 
-def test_report_says_when_the_difference_exceeds_the_noise(example, config, trained):
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        ([1.0, 1.1], "MORE than the uncertainty"),
+        ([-1.0, -1.1], "MORE than the uncertainty"),
+        ([1e-4, 1.1e-4], "times less than the uncertainty"),
+        ([1e-4, -1.1e-4], "may as well be none"),
+    ],
+)
+def test_report_says_what_a_difference_means(example, config, trained, change, verdict):
     _, results = trained
-    worse = dataclasses.replace(results["8+8"], bits=results["8+8"].bits + 1)
-    text = example.report({**results, "8+8": worse}, config)
-    verdicts = [line for line in text.splitlines() if "within the noise" in line]
-    assert ["NOT within" in line for line in verdicts] == [True, False]  # 8+8, then 8+16
+    exact = results["exact"].bits
+    changed = exact + np.resize(change, exact.shape)
+    changed = dataclasses.replace(results["8+8"], bits=changed)
+    text = example.report({**results, "8+8": changed}, config)
+    (line,) = [line for line in text.splitlines() if line.startswith("8+8 changes the score by")]
+    assert verdict in line
