@@ -183,14 +183,18 @@ ffi::Error AttentionImpl(cudaStream_t stream, ffi::RemainingArgs args,
   params.out_type = InputType(*out);
   const bool fp16_accumulator = pv_accumulator == 16;
 #ifdef JAX_SAGE_SM90
-  if (mma_sync == 0 && sizes.fp8_value && fp16_accumulator) {
+  // Of the recipes, those with names: FP8 with FP16 sums, FP16 with FP32 sums.
+  if (mma_sync == 0 && sizes.fp8_value == fp16_accumulator) {
     int device = 0, major = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) {
       error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     }
     if (error != cudaSuccess) return FromCuda("attention", error);
-    if (major == 9) return FromCuda("attention", sm90::LaunchAttentionFp8(params, stream));
+    if (major == 9) {
+      return FromCuda("attention", sizes.fp8_value ? sm90::LaunchAttentionFp8(params, stream)
+                                                   : sm90::LaunchAttentionFp16(params, stream));
+    }
   }
 #endif
   if (!sizes.fp8_value) {

@@ -85,7 +85,7 @@ def why_unavailable(recipe: Recipe) -> str | None:
 def family(recipe: Recipe) -> str:
     """The kernels that run `recipe` on the GPUs of this process, given that some can."""
     hopper = all(c // 10 == 9 for c in capabilities())
-    if hopper and recipe.pv == "fp8" and recipe.pv_accumulator == "fp16":
+    if hopper and (recipe.pv, recipe.pv_accumulator) in (("fp8", "fp16"), ("fp16", "fp32")):
         return "wgmma (Hopper)"
     return "mma.sync"
 

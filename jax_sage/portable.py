@@ -1,7 +1,7 @@
 """Quantized attention in plain JAX: every platform without a kernel, and the oracle of the tests.
 
 The same numbers as the kernels: exact INT8 products, P rounded to E4M3 (or FP16), sums of blocks of
-64 keys (the Hopper kernel's: of 128) rounded to FP16 after each matrix instruction and then added
+64 keys (the Hopper kernel's: of 512) rounded to FP16 after each matrix instruction and then added
 in FP32. Blocks of queries and keys are visited in loops: memory is proportional to the inputs.
 """
 

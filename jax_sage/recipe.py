@@ -4,14 +4,14 @@ import dataclasses
 from typing import Literal
 
 # Largest magnitudes that P and V are scaled to before they are rounded to the PV operand type.
-# P_MAX * V_MAX * 128 = 61440 <= 65504, the largest FP16 number: an FP16 partial sum over up to 128
+# P_MAX * V_MAX * 512 = 61440 <= 65504, the largest FP16 number: an FP16 partial sum over up to 512
 # keys cannot overflow, whatever the data. P_MAX is a power of two, and the running row maximum is
 # rounded up to an integer (in base 2), so the mantissas of P do not depend on the order in which
 # the blocks of keys are visited: a kernel with other tiles rounds the same P (but for P below
 # 2^-6, where E4M3 is subnormal, which depends on what the maximum was at the time).
 # P gets the larger part of the range: behind a single large score (an attention sink) many small
 # weights must survive. V's errors hardly depend on V_MAX; only heavy tails prefer it large.
-P_MAX = 256.0
+P_MAX = 64.0
 V_MAX = 1.875
 
 # Scores (base 2) from here on have rounding errors above 1 in FP32: P may be off by powers of two,
@@ -30,7 +30,7 @@ class Recipe:
       qk: type of Q and K in the product QKᵀ. INT8 with one scale per query token and one per
         16 keys; products and their sums are exact in INT32.
       pv: type of P and V in the product PV: ``"fp8"`` (E4M3) or ``"fp16"``.
-      pv_accumulator: type in which PV is summed over blocks of 64 keys (128 on Hopper); each
+      pv_accumulator: type in which PV is summed over blocks of 64 keys (up to 512 on Hopper); each
         block's sum is then added to an FP32 accumulator.
       smooth_k: subtract the mean key of each head before quantizing (exact: softmax does not see
         it; ``lse`` is corrected).

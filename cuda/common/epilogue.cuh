@@ -22,25 +22,27 @@ struct Position {
   int64_t kv_head;  // batch * K + key/value head
 };
 
-// Of query tile `block` of `blocks`.
+// Of tile `block` of `blocks`, each of kQueries queries.
+template <int kQueries>
 __device__ __forceinline__ Position FindPosition(const AttentionParams& params, unsigned block,
                                                  unsigned blocks) {
-  const unsigned q_tiles = (params.length_q + kBlockQ - 1) / kBlockQ;
+  const unsigned q_tiles = (params.length_q + kQueries - 1) / kQueries;
   const unsigned all_heads = blocks / q_tiles;
   // Causal: the longest first, over all heads, so that the short ones fill the end.
   const unsigned q_index = params.is_causal ? q_tiles - 1 - block / all_heads : block % q_tiles;
   const unsigned head = params.is_causal ? block % all_heads : block / q_tiles;
   const unsigned group = params.heads / params.kv_heads;
   // Query heads are in the order of their key/value heads, so the group divides both at once.
-  return {static_cast<int>(q_index) * kBlockQ, head, head / group};
+  return {static_cast<int>(q_index) * kQueries, head, head / group};
 }
 
-// Tiles of keys that the queries of `position` see.
+// Tiles of keys that `rows` queries from `first_row` on see.
 template <int kTile>
-__device__ __forceinline__ int CountTiles(const AttentionParams& params, const Position& position) {
+__device__ __forceinline__ int CountTiles(const AttentionParams& params, int first_row, int rows) {
+  if (first_row >= params.length_q) return 0;
   const int tiles = (params.length_kv + kTile - 1) / kTile;
   if (!params.is_causal) return tiles;
-  const int last_row = min(position.first_row + kBlockQ, params.length_q) - 1;
+  const int last_row = min(first_row + rows, params.length_q) - 1;
   return min(tiles, last_row / kTile + 1);
 }
 
@@ -55,25 +57,16 @@ __device__ __forceinline__ Out Convert(float x) {
   }
 }
 
-// One row's 2 channels of each 8-column tile.
-template <class Out, int kTiles>
-__device__ __forceinline__ void StoreRow(Out* out, const float (&o)[kTiles][4], int half, int lane,
-                                         int head_dim) {
-  const bool pairs = head_dim % 2 == 0;  // then every pair is aligned
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-    const int channel = 8 * n + 2 * (lane & 3);
-    if (pairs && channel < head_dim) {
-      struct alignas(2 * sizeof(Out)) Pair {
-        Out x, y;
-      };
-      *reinterpret_cast<Pair*>(out + channel) =
-          Pair{Convert<Out>(o[n][2 * half]), Convert<Out>(o[n][2 * half + 1])};
-    } else {
-      if (channel < head_dim) out[channel] = Convert<Out>(o[n][2 * half]);
-      if (channel + 1 < head_dim) out[channel + 1] = Convert<Out>(o[n][2 * half + 1]);
-    }
-  }
+template <class Out>
+struct alignas(2 * sizeof(Out)) Pair {
+  Out x, y;
+};
+
+// Row of `out` and `lse`.
+__device__ __forceinline__ int64_t OutputRow(const AttentionParams& params,
+                                             const Position& position, int row) {
+  const int64_t token = position.head / params.heads * params.length_q + row;
+  return token * params.heads + position.head % params.heads;
 }
 
 // What the outputs of a head need per channel, in shared memory.
@@ -82,6 +75,8 @@ struct ChannelTable {
   float scale[kHeadDim];        // of V
   float offset[kHeadDim];       // what smoothing took from V
   int32_t first_bad[kHeadDim];  // first key that makes this channel NaN
+  int32_t first_bad_key;        // first key that makes lse NaN
+  int32_t unused[3];            // what follows in shared memory is aligned
 };
 
 // Fills the table with `threads` threads; the caller synchronizes.
@@ -92,6 +87,7 @@ __device__ __forceinline__ void PrepareChannels(ChannelTable<kHeadDim>& table,
   const float* channels = params.channels + position.kv_head * kChannelRows * kHeadDim;
   const int32_t* first_bad = params.first_bad + position.kv_head * kBadRows * kHeadDim;
   const long long* code_sum = params.value_code_sum + position.kv_head * kHeadDim;
+  if (thread == 0) table.first_bad_key = first_bad[kBadKey * kHeadDim];
 #pragma unroll 1
   for (int c = thread; c < kHeadDim; c += threads) {
     const float scale = channels[kValueScale * kHeadDim + c];
@@ -105,70 +101,107 @@ __device__ __forceinline__ void PrepareChannels(ChannelTable<kHeadDim>& table,
   }
 }
 
-// The outputs of two rows, `row` and `row + 8`, of which this thread holds the channels
-// 8n + 2(lane % 4) + {0, 1}: divides by the row sum, undoes V's scale and mean, marks what is not
-// finite, and stores. `sum` is this thread's part of the sum of P before rounding.
+// Finishes the outputs of two rows, `row` and `row + 8`, of which this thread holds the channels
+// 8n + 2(lane % 4) + {0, 1}: divides by the row sum, undoes V's scale and mean, and marks what is
+// not finite. Stores lse. `sum` is this thread's part of the sum of P before rounding.
 template <int kHeadDim>
 __device__ __forceinline__ void FinishRows(const AttentionParams& params, const Position& position,
                                            const ChannelTable<kHeadDim>& table, int row, int lane,
                                            float (&o)[kHeadDim / 8][4], const float (&max)[2],
                                            const float (&sum)[2], const float (&quantized_sum)[2]) {
-  float norm[2], inverse[2];
+  float norm[2], inverse[2], q_dot_mean[2];
   int last_key[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    last_key[half] =
-        params.is_causal ? min(row + 8 * half, params.length_kv - 1) : params.length_kv - 1;
+    const int this_row = row + 8 * half;
+    // Needed last, and far away.
+    q_dot_mean[half] = (lane & 3) == 0 && this_row < params.length_q
+                           ? params.q_dot_mean[position.head * params.padded_q + this_row]
+                           : 0;
+    last_key[half] = params.is_causal ? min(this_row, params.length_kv - 1) : params.length_kv - 1;
     const bool too_large = fabsf(max[half]) >= kScoreMax && max[half] != -kInf;
     norm[half] = too_large ? kNan : quantized_sum[half];
-    inverse[half] = 1.0f / norm[half];
+    inverse[half] = norm[half] == 0 ? 0 : 1.0f / norm[half];
   }
+  int first_bad = kNever;
 #pragma unroll
   for (int n = 0; n < kHeadDim / 8; ++n) {
     const int channel = 8 * n + 2 * (lane & 3);
     const float2 scale = *reinterpret_cast<const float2*>(&table.scale[channel]);
     const float2 offset = *reinterpret_cast<const float2*>(&table.offset[channel]);
     const int2 bad = *reinterpret_cast<const int2*>(&table.first_bad[channel]);
+    first_bad = min(first_bad, min(bad.x, bad.y));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float& x = o[n][2 * half];
       float& y = o[n][2 * half + 1];
       x = x * inverse[half] * scale.x + offset.x;
       y = y * inverse[half] * scale.y + offset.y;
-      if (norm[half] == 0) x = y = 0;  // nothing seen
-      if (bad.x <= last_key[half]) x = kNan;
-      if (bad.y <= last_key[half]) y = kNan;
     }
   }
-  const int32_t bad_key =
-      params.first_bad[position.kv_head * kBadRows * kHeadDim + kBadKey * kHeadDim];
+  if (first_bad <= last_key[1] || norm[0] == 0 || norm[1] == 0) {  // rare
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      const int channel = 8 * n + 2 * (lane & 3);
+      const int2 bad = *reinterpret_cast<const int2*>(&table.first_bad[channel]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float& x = o[n][2 * half];
+        float& y = o[n][2 * half + 1];
+        if (norm[half] == 0) x = y = 0;  // nothing seen
+        if (bad.x <= last_key[half]) x = kNan;
+        if (bad.y <= last_key[half]) y = kNan;
+      }
+    }
+  }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float total = sum[half];
     total += __shfl_xor_sync(0xffffffffu, total, 1);
     total += __shfl_xor_sync(0xffffffffu, total, 2);
     const int this_row = row + 8 * half;
-    if (this_row >= params.length_q) continue;
-    const int64_t token = position.head / params.heads * params.length_q + this_row;
-    const int64_t out_row = token * params.heads + position.head % params.heads;
-    if ((lane & 3) == 0) {
-      float lse = CUDART_LN2_F * (max[half] + log2f(total) - kLog2PMax +
-                                  params.q_dot_mean[position.head * params.padded_q + this_row]);
-      if (bad_key <= last_key[half] || isnan(norm[half])) lse = kNan;
-      params.lse[out_row] = lse;
+    if ((lane & 3) == 0 && this_row < params.length_q) {
+      float lse = CUDART_LN2_F * (max[half] + log2f(total) - kLog2PMax + q_dot_mean[half]);
+      if (table.first_bad_key <= last_key[half] || isnan(norm[half])) lse = kNan;
+      params.lse[OutputRow(params, position, this_row)] = lse;
     }
-    const int64_t offset = out_row * params.head_dim;
-    switch (params.out_type) {
-      case DType::kF16:
-        StoreRow(static_cast<__half*>(params.out) + offset, o, half, lane, params.head_dim);
-        break;
-      case DType::kBf16:
-        StoreRow(static_cast<__nv_bfloat16*>(params.out) + offset, o, half, lane, params.head_dim);
-        break;
-      case DType::kF32:
-        StoreRow(static_cast<float*>(params.out) + offset, o, half, lane, params.head_dim);
-        break;
+  }
+}
+
+// Stores what FinishRows has finished.
+template <class Out, int kTiles>
+__device__ __forceinline__ void StoreRows(const AttentionParams& params, const Position& position,
+                                          int row, int lane, const float (&o)[kTiles][4]) {
+  const bool pairs = params.head_dim % 2 == 0;  // then every pair is aligned
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (row + 8 * half >= params.length_q) continue;
+    Out* out = static_cast<Out*>(params.out) +
+               OutputRow(params, position, row + 8 * half) * params.head_dim;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const int channel = 8 * n + 2 * (lane & 3);
+      const Out x = Convert<Out>(o[n][2 * half]), y = Convert<Out>(o[n][2 * half + 1]);
+      if (pairs && channel < params.head_dim) {
+        *reinterpret_cast<Pair<Out>*>(out + channel) = {x, y};
+      } else {
+        if (channel < params.head_dim) out[channel] = x;
+        if (channel + 1 < params.head_dim) out[channel + 1] = y;
+      }
     }
+  }
+}
+
+// Calls function(Out()) with the type of the output.
+template <class F>
+__device__ __forceinline__ void WithOutputType(DType type, F&& function) {
+  switch (type) {
+    case DType::kF16:
+      return function(__half());
+    case DType::kBf16:
+      return function(__nv_bfloat16());
+    case DType::kF32:
+      return function(float());
   }
 }
 

@@ -12,8 +12,9 @@ constexpr int kBlockKv =
     64;  // keys whose scales are computed together; also the key tile of mma.sync
 constexpr int kKeyScales = 4;  // per block of keys: one for the keys = {2j, 2j+1} mod 8
 
-constexpr float kPMax = 256.0f;
-constexpr float kLog2PMax = 8.0f;
+constexpr int kLog2PMaxInt = 6;
+constexpr float kLog2PMax = kLog2PMaxInt;
+constexpr float kPMax = 1 << kLog2PMaxInt;
 constexpr float kVMax = 1.875f;
 constexpr float kScoreMax = 0x1p24f;  // base 2; a row with a larger maximum gives NaN
 constexpr float kInt8Max = 127.0f;

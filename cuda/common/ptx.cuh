@@ -21,10 +21,47 @@ __device__ __forceinline__ void CopyAsyncWait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
-__device__ __forceinline__ float LoadShared(uint32_t shared) {
-  float x;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(shared));
+// A value of 2, 4, 8 or 16 bytes, aligned to its size.
+template <class X>
+__device__ __forceinline__ X LoadSharedAs(uint32_t shared) {
+  alignas(16) X x;
+  if constexpr (sizeof(X) == 2) {
+    asm volatile("ld.shared.u16 %0, [%1];"
+                 : "=h"(*reinterpret_cast<uint16_t*>(&x))
+                 : "r"(shared)
+                 : "memory");
+  } else if constexpr (sizeof(X) == 4) {
+    asm volatile("ld.shared.u32 %0, [%1];"
+                 : "=r"(*reinterpret_cast<uint32_t*>(&x))
+                 : "r"(shared)
+                 : "memory");
+  } else {
+    static_assert(sizeof(X) == 16);
+    uint32_t (&words)[4] = *reinterpret_cast<uint32_t (*)[4]>(&x);
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(shared)
+                 : "memory");
+  }
   return x;
+}
+template <class X>
+__device__ __forceinline__ void StoreSharedAs(uint32_t shared, const X& x) {
+  if constexpr (sizeof(X) == 4) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared),
+                 "r"(*reinterpret_cast<const uint32_t*>(&x))
+                 : "memory");
+  } else if constexpr (sizeof(X) == 8) {
+    const uint32_t (&words)[2] = *reinterpret_cast<const uint32_t (*)[2]>(&x);
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(shared), "r"(words[0]), "r"(words[1])
+                 : "memory");
+  } else {
+    static_assert(sizeof(X) == 16);
+    const uint32_t (&words)[4] = *reinterpret_cast<const uint32_t (*)[4]>(&x);
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(words[0]),
+                 "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
+  }
 }
 
 // Four 8 x 16-byte matrices; lane l gives the address of row l % 8 of matrix l / 8.
@@ -111,6 +148,10 @@ __device__ __forceinline__ uint32_t PackF16(float x0, float x1) {
 }
 __device__ __forceinline__ float2 UnpackF16(uint32_t packed) {
   return __half22float2(*reinterpret_cast<const __half2*>(&packed));
+}
+__device__ __forceinline__ uint32_t ScaleF16(uint32_t packed, float scale) {
+  const __half2 x = __hmul2(*reinterpret_cast<const __half2*>(&packed), __float2half2_rn(scale));
+  return *reinterpret_cast<const uint32_t*>(&x);
 }
 
 }  // namespace jax_sage::ptx

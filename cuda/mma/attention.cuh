@@ -209,10 +209,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
 
-  const Position position = FindPosition(params, BlockIndex(), gridDim.x);
+  const Position position = FindPosition<kBlockQ>(params, BlockIndex(), gridDim.x);
   const int warp_row = position.first_row + warp * 16 * T::kTilesM;
 
-  const int tiles = CountTiles<kBlockKv>(params, position);
+  const int tiles = CountTiles<kBlockKv>(params, position.first_row, kBlockQ);
 
   // In global memory the keys of a tile are a range of columns of V^T, or of rows of V.
   const int64_t v_row_bytes = Pv::kTransposedV ? params.padded_kv : T::kVRowBytes;
@@ -288,9 +288,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
     for (int m = 0; m < T::kTilesM; ++m) {
       float p[T::kTilesN][4];
       const uint32_t q_scale = q_scales + (warp * 16 * T::kTilesM + m * 16 + lane / 4) * 4;
-      const float k_scale = ptx::LoadShared(v_tile + T::kVBytes + (lane & 3) * 4);
-      const float scale[2] = {ptx::LoadShared(q_scale) * k_scale,
-                              ptx::LoadShared(q_scale + 8 * 4) * k_scale};
+      const float k_scale = ptx::LoadSharedAs<float>(v_tile + T::kVBytes + (lane & 3) * 4);
+      const float scale[2] = {ptx::LoadSharedAs<float>(q_scale) * k_scale,
+                              ptx::LoadSharedAs<float>(q_scale + 8 * 4) * k_scale};
       int visible[2] = {};
       if (masked) {
 #pragma unroll
@@ -351,7 +351,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
   using Table = ChannelTable<kHeadDim>;
   static_assert(sizeof(Table) <= T::kQBytes);
   Table& table = *reinterpret_cast<Table*>(shared_memory);
-  const Position here = FindPosition(params, BlockIndex(), gridDim.x);
+  const Position here = FindPosition<kBlockQ>(params, BlockIndex(), gridDim.x);
   __syncthreads();
   PrepareChannels(table, params, here, threadIdx.x, T::kThreads);
   __syncthreads();
@@ -360,6 +360,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
     const int row = here.first_row + (warp * T::kTilesM + m) * 16 + lane / 4;
     FinishRows<kHeadDim>(params, here, table, row, lane, o[m], state[m].max, state[m].sum,
                          state[m].quantized_sum);
+    WithOutputType(params.out_type,
+                   [&](auto type) { StoreRows<decltype(type)>(params, here, row, lane, o[m]); });
   }
 }
 

@@ -12,7 +12,17 @@ struct TensorMaps {
   CUtensorMap q, k, v;
 };
 
+// A 3-dimensional tensor, and the box that one copy takes from it; the innermost of both in bytes.
+struct Tensor {
+  const void* data;
+  uint64_t inner, middle, outer;
+  uint32_t box_inner, box_middle;
+};
+cudaError_t Encode(CUtensorMap* map, const Tensor& tensor);
+
 // E4M3 PV with FP16 partial sums.
 cudaError_t LaunchAttentionFp8(const AttentionParams& params, cudaStream_t stream);
+// FP16 PV with FP32 sums.
+cudaError_t LaunchAttentionFp16(const AttentionParams& params, cudaStream_t stream);
 
 }  // namespace jax_sage::sm90

@@ -4,6 +4,7 @@
 #include <cuda.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace jax_sage::ptx {
 
@@ -56,17 +57,6 @@ __device__ __forceinline__ void CopyBulk(uint32_t shared, const void* global, in
       : "memory");
 }
 
-// Barriers among warps: wait for, or only count towards, `threads` arrivals at barrier `id`. Both are
-// aligned instructions: a warp that has diverged comes together first.
-__device__ __forceinline__ void NamedSync(int id, int threads) {
-  __syncwarp();
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void NamedArrive(int id, int threads) {
-  __syncwarp();
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 __device__ __forceinline__ void WgmmaFence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -81,7 +71,13 @@ __device__ __forceinline__ void WgmmaWait() {
 template <class T, int kCount>
 __device__ __forceinline__ void Pin(T (&r)[kCount]) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(r[i])::"memory");
+  for (int i = 0; i < kCount; ++i) {
+    if constexpr (std::is_same_v<T, float>) {
+      asm volatile("" : "+f"(r[i])::"memory");
+    } else {
+      asm volatile("" : "+r"(r[i])::"memory");
+    }
+  }
 }
 
 template <int kRegisters>
@@ -101,6 +97,13 @@ __device__ __forceinline__ uint64_t Descriptor(uint32_t shared) {
   constexpr uint64_t kSwizzle = kRowBytes == 128 ? 1 : 2;
   constexpr uint64_t kGroup = 8 * kRowBytes / 16;
   return (kSwizzle << 62) | (kGroup << 32) | (uint64_t{1} << 16) | ((shared & 0x3FFFF) >> 4);
+}
+
+// Descriptor of an operand that is contiguous along its other dimension, in boxes of 128 bytes
+// along that, `box` bytes apart, as TMA writes them. Adding 8 moves along K by one row of a box.
+__device__ __forceinline__ uint64_t TransposedDescriptor(uint32_t shared, int box) {
+  return (uint64_t{1} << 62) | (uint64_t{8 * 128 / 16} << 32) |
+         (static_cast<uint64_t>(box / 16) << 16) | ((shared & 0x3FFFF) >> 4);
 }
 
 }  // namespace jax_sage::ptx
