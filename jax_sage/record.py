@@ -10,6 +10,7 @@ import argparse
 import datetime
 import hashlib
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -65,6 +66,8 @@ def status(root: pathlib.Path) -> str:
 
 def check(root: pathlib.Path) -> pathlib.Path:
     """Runs everything on this machine's GPU and writes the record; raises if a test failed."""
+    # Several processes share the GPU's memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
     import jaxlib
 
@@ -119,8 +122,10 @@ def run_tests(root: pathlib.Path) -> dict[str, int]:
     """Runs the tests marked gpu; counts of passed, failed (errors included) and skipped."""
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder) / "report.xml"
+        command = [sys.executable, "-P", "-m", "pytest", "tests"]
         subprocess.run(
-            [sys.executable, "-P", "-m", "pytest", "tests", "-m", "gpu", f"--junitxml={report}"],
+            # Four processes: most of the time goes to compilation.
+            [*command, "-m", "gpu", "-n", "4", f"--junitxml={report}"],
             cwd=root,
             check=False,
         )

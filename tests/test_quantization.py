@@ -8,7 +8,7 @@ import pytest
 import reference
 
 from jax_sage import quantization
-from jax_sage.recipe import BLOCK_KV, P_MAX, RECIPES, V_MAX, Recipe
+from jax_sage.recipe import P_MAX, RECIPES, V_MAX, Recipe
 
 SCALE_LOG2 = 0.18
 f32 = np.float32

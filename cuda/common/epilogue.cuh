@@ -28,9 +28,23 @@ __device__ __forceinline__ Position FindPosition(const AttentionParams& params, 
                                                  unsigned blocks) {
   const unsigned q_tiles = (params.length_q + kQueries - 1) / kQueries;
   const unsigned all_heads = blocks / q_tiles;
-  // Causal: the longest first, over all heads, so that the short ones fill the end.
-  const unsigned q_index = params.is_causal ? q_tiles - 1 - block / all_heads : block % q_tiles;
-  const unsigned head = params.is_causal ? block % all_heads : block / q_tiles;
+  unsigned head, q_index;
+  if (params.is_causal) {
+    // The longest first, over all heads, so that the short ones fill the end.
+    q_index = q_tiles - 1 - block / all_heads;
+    head = block % all_heads;
+  } else {
+    // Head by head, for the sake of the L2 cache; but tiles with few queries last, for the same
+    // reason as above, and because every n-th of them all might be work for the same CTA.
+    const unsigned full_tiles = params.length_q / kQueries;
+    if (block < full_tiles * all_heads) {
+      head = block / full_tiles;
+      q_index = block % full_tiles;
+    } else {
+      head = block - full_tiles * all_heads;
+      q_index = full_tiles;
+    }
+  }
   const unsigned group = params.heads / params.kv_heads;
   // Query heads are in the order of their key/value heads, so the group divides both at once.
   return {static_cast<int>(q_index) * kQueries, head, head / group};
