@@ -76,32 +76,34 @@ struct alignas(2 * sizeof(Out)) Pair {
   Out x, y;
 };
 
-// Row of `out` and `lse`.
-__device__ __forceinline__ int64_t OutputRow(const AttentionParams& params,
-                                             const Position& position, int row) {
-  const int64_t token = position.head / params.heads * params.length_q + row;
-  return token * params.heads + position.head % params.heads;
-}
-
-// What the outputs of a head need per channel, in shared memory.
+// What the outputs of a query tile need, in shared memory.
 template <int kHeadDim>
-struct ChannelTable {
+struct alignas(16) OutputTable {
+  // Per channel of the head:
   float scale[kHeadDim];        // of V
   float offset[kHeadDim];       // what smoothing took from V
   int32_t first_bad[kHeadDim];  // first key that makes this channel NaN
   int32_t first_bad_key;        // first key that makes lse NaN
-  int32_t unused[3];            // what follows in shared memory is aligned
+  int32_t first_query;          // of the tile
+  int64_t query_row;            // of the head's first query, in q_dot_mean
+  int64_t output_row;           // the same in out and lse, where rows are `heads` apart
 };
 
 // Fills the table with `threads` threads; the caller synchronizes.
 template <int kHeadDim>
-__device__ __forceinline__ void PrepareChannels(ChannelTable<kHeadDim>& table,
-                                                const AttentionParams& params,
-                                                const Position& position, int thread, int threads) {
+__device__ __forceinline__ void PrepareOutput(OutputTable<kHeadDim>& table,
+                                              const AttentionParams& params,
+                                              const Position& position, int thread, int threads) {
   const float* channels = params.channels + position.kv_head * kChannelRows * kHeadDim;
   const int32_t* first_bad = params.first_bad + position.kv_head * kBadRows * kHeadDim;
   const long long* code_sum = params.value_code_sum + position.kv_head * kHeadDim;
-  if (thread == 0) table.first_bad_key = first_bad[kBadKey * kHeadDim];
+  if (thread == 0) {
+    table.first_bad_key = first_bad[kBadKey * kHeadDim];
+    table.first_query = position.first_row;
+    table.query_row = position.head * params.padded_q;
+    table.output_row = position.head / params.heads * params.length_q * params.heads +
+                       position.head % params.heads;
+  }
 #pragma unroll 1
   for (int c = thread; c < kHeadDim; c += threads) {
     const float scale = channels[kValueScale * kHeadDim + c];
@@ -119,8 +121,8 @@ __device__ __forceinline__ void PrepareChannels(ChannelTable<kHeadDim>& table,
 // 8n + 2(lane % 4) + {0, 1}: divides by the row sum, undoes V's scale and mean, and marks what is
 // not finite. Stores lse. `sum` is this thread's part of the sum of P before rounding.
 template <int kHeadDim>
-__device__ __forceinline__ void FinishRows(const AttentionParams& params, const Position& position,
-                                           const ChannelTable<kHeadDim>& table, int row, int lane,
+__device__ __forceinline__ void FinishRows(const AttentionParams& params,
+                                           const OutputTable<kHeadDim>& table, int row, int lane,
                                            float (&o)[kHeadDim / 8][4], const float (&max)[2],
                                            const float (&sum)[2], const float (&quantized_sum)[2]) {
   float norm[2], inverse[2], q_dot_mean[2];
@@ -130,7 +132,7 @@ __device__ __forceinline__ void FinishRows(const AttentionParams& params, const 
     const int this_row = row + 8 * half;
     // Needed last, and far away.
     q_dot_mean[half] = (lane & 3) == 0 && this_row < params.length_q
-                           ? params.q_dot_mean[position.head * params.padded_q + this_row]
+                           ? params.q_dot_mean[table.query_row + this_row]
                            : 0;
     last_key[half] = params.is_causal ? min(this_row, params.length_kv - 1) : params.length_kv - 1;
     const bool too_large = fabsf(max[half]) >= kScoreMax && max[half] != -kInf;
@@ -177,23 +179,25 @@ __device__ __forceinline__ void FinishRows(const AttentionParams& params, const 
     if ((lane & 3) == 0 && this_row < params.length_q) {
       float lse = CUDART_LN2_F * (max[half] + log2f(total) - kLog2PMax + q_dot_mean[half]);
       if (table.first_bad_key <= last_key[half] || isnan(norm[half])) lse = kNan;
-      params.lse[OutputRow(params, position, this_row)] = lse;
+      params.lse[table.output_row + static_cast<int64_t>(this_row) * params.heads] = lse;
     }
   }
 }
 
 // Stores what FinishRows has finished.
-template <class Out, int kTiles>
-__device__ __forceinline__ void StoreRows(const AttentionParams& params, const Position& position,
-                                          int row, int lane, const float (&o)[kTiles][4]) {
+template <class Out, int kHeadDim>
+__device__ __forceinline__ void StoreRows(const AttentionParams& params,
+                                          const OutputTable<kHeadDim>& table, int row, int lane,
+                                          const float (&o)[kHeadDim / 8][4]) {
   const bool pairs = params.head_dim % 2 == 0;  // then every pair is aligned
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (row + 8 * half >= params.length_q) continue;
-    Out* out = static_cast<Out*>(params.out) +
-               OutputRow(params, position, row + 8 * half) * params.head_dim;
+    const int64_t output_row =
+        table.output_row + static_cast<int64_t>(row + 8 * half) * params.heads;
+    Out* out = static_cast<Out*>(params.out) + output_row * params.head_dim;
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
+    for (int n = 0; n < kHeadDim / 8; ++n) {
       const int channel = 8 * n + 2 * (lane & 3);
       const Out x = Convert<Out>(o[n][2 * half]), y = Convert<Out>(o[n][2 * half + 1]);
       if (pairs && channel < params.head_dim) {

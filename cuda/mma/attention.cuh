@@ -347,21 +347,21 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
     }
   }
 
-  // Q is done with: its memory takes the table of channels.
-  using Table = ChannelTable<kHeadDim>;
+  // Q is done with: its memory takes the table.
+  using Table = OutputTable<kHeadDim>;
   static_assert(sizeof(Table) <= T::kQBytes);
   Table& table = *reinterpret_cast<Table*>(shared_memory);
-  const Position here = FindPosition<kBlockQ>(params, BlockIndex(), gridDim.x);
   __syncthreads();
-  PrepareChannels(table, params, here, threadIdx.x, T::kThreads);
+  PrepareOutput(table, params, FindPosition<kBlockQ>(params, BlockIndex(), gridDim.x), threadIdx.x,
+                T::kThreads);
   __syncthreads();
 #pragma unroll
   for (int m = 0; m < T::kTilesM; ++m) {
-    const int row = here.first_row + (warp * T::kTilesM + m) * 16 + lane / 4;
-    FinishRows<kHeadDim>(params, here, table, row, lane, o[m], state[m].max, state[m].sum,
+    const int row = table.first_query + (warp * T::kTilesM + m) * 16 + lane / 4;
+    FinishRows<kHeadDim>(params, table, row, lane, o[m], state[m].max, state[m].sum,
                          state[m].quantized_sum);
     WithOutputType(params.out_type,
-                   [&](auto type) { StoreRows<decltype(type)>(params, here, row, lane, o[m]); });
+                   [&](auto type) { StoreRows<decltype(type)>(params, table, row, lane, o[m]); });
   }
 }
 

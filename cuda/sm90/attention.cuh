@@ -45,8 +45,7 @@ struct Traits {
   static constexpr int kQScaleBytes = kRows * 4;
   static constexpr int kOutputBytes = kRows * kHeadDim * 4;
   static constexpr int kFixedBytes = kConsumers * (kQBytes + kQScaleBytes + kOutputBytes) +
-                                     int{sizeof(ChannelTable<kHeadDim>)} + 1024 /* to align */ +
-                                     512;
+                                     int{sizeof(OutputTable<kHeadDim>)} + 1024 /* to align */ + 512;
   static constexpr int kStages = (kSharedLimit - kFixedBytes) / kStageBytes < 6
                                      ? (kSharedLimit - kFixedBytes) / kStageBytes
                                      : 6;
@@ -56,8 +55,9 @@ struct Traits {
   static constexpr int kOutput = kV + kStages * Pv::kStride;
   static constexpr int kQScales = kOutput + kConsumers * kOutputBytes;
   static constexpr int kScales = kQScales + kConsumers * kQScaleBytes;
-  static constexpr int kTable = kScales + kStages * kScaleBytes;
-  static constexpr int kBarriers = kTable + int{sizeof(ChannelTable<kHeadDim>)};
+  static constexpr int kFirstRows = kScales + kStages * kScaleBytes;
+  static constexpr int kTable = kFirstRows + 16;
+  static constexpr int kBarriers = kTable + int{sizeof(OutputTable<kHeadDim>)};
   static constexpr int kBarrierCount = 2 + 2 * kConsumers + 4 * kStages;
   static constexpr int kSharedBytes = kBarriers + kBarrierCount * 8 + 1024;
   static_assert(kStages >= 3, "the warpgroups drift apart by more than a tile");
@@ -149,7 +149,8 @@ __device__ __forceinline__ void ProduceKv(const AttentionParams& params, const T
   }
 }
 
-// One thread loads Q, for each warpgroup as soon as that is done with the query tile before.
+// One thread loads Q, for each warpgroup as soon as that is done with the query tile before, and
+// says which queries they are.
 template <class T>
 __device__ __forceinline__ void ProduceQ(const AttentionParams& params, const TensorMaps& maps,
                                          Work work, uint32_t shared,
@@ -160,6 +161,7 @@ __device__ __forceinline__ void ProduceQ(const AttentionParams& params, const Te
     for (int group = 0; group < kConsumers; ++group) {
       const int row = position.first_row + group * kRows;
       ptx::BarrierWait(barriers.QEmpty(group), ~turn & 1);
+      ptx::StoreSharedAs(shared + T::kFirstRows + group * 4, row);
       if (row >= params.length_q) {  // nothing to load, nothing to do
         ptx::BarrierArrive(barriers.QFull(group));
         continue;
@@ -177,18 +179,18 @@ __device__ __forceinline__ void ProduceQ(const AttentionParams& params, const Te
 // 64 threads prepare what the end of each query tile needs.
 template <class T>
 __device__ __forceinline__ void ProduceTable(const AttentionParams& params, Work work, int thread,
-                                             ChannelTable<T::kHeadDim>& table,
+                                             OutputTable<T::kHeadDim>& table,
                                              Barriers<T::kStages> barriers) {
   for (unsigned turn = 0; work.Any(turn); ++turn) {
     ptx::BarrierWait(barriers.TableEmpty(), ~turn & 1);
-    PrepareChannels(table, params, work.Find(params, turn), thread, 64);
+    PrepareOutput(table, params, work.Find(params, turn), thread, 64);
     ptx::BarrierArrive(barriers.TableFull());
   }
 }
 
 template <class T>
 __device__ __forceinline__ void Consume(const AttentionParams& params, Work work,
-                                        const ChannelTable<T::kHeadDim>& table, uint32_t shared,
+                                        const OutputTable<T::kHeadDim>& table, uint32_t shared,
                                         Barriers<T::kStages> barriers) {
   using Pv = typename T::Pv;
   const int lane = threadIdx.x % 32;
@@ -206,10 +208,10 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work work
   const uint32_t opaque_zero = work.items >> 31;
   Ring<T::kStages> ring;
   for (unsigned turn = 0; work.Any(turn); ++turn) {
-    const Position position = work.Find(params, turn);
-    const int group_row = position.first_row + warpgroup * kRows;
+    ptx::BarrierWait(barriers.QFull(warpgroup), turn & 1);
+    const int group_row = ptx::LoadSharedAs<int>(shared + T::kFirstRows + warpgroup * 4);
     const int row = group_row + 16 * warp + lane / 4;
-    const int tiles = CountTiles<T::kTile>(params, position.first_row, kQueries);
+    const int tiles = CountTiles<T::kTile>(params, group_row - warpgroup * kRows, kQueries);
     const int my_tiles = CountTiles<T::kTile>(params, group_row, kRows);
     // Tiles that all rows of this warpgroup see in full.
     const int full_tiles =
@@ -225,7 +227,6 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work work
                                      (block * kKeyScales + (lane & 3)) * 4);
       }
     };
-    ptx::BarrierWait(barriers.QFull(warpgroup), turn & 1);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       scores.q_scale[half] =
@@ -258,6 +259,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work work
         scores.template Softmax<true>(p, sums, tile == 0, visible, opaque_zero);
       }
       release(barriers.KEmpty(stage));
+      if (tile + 1 == my_tiles) release(barriers.QEmpty(warpgroup));
       ptx::BarrierWait(v_full, v_parity);
       sums.Issue(p, v, tile);
       // Beneath PV.
@@ -269,7 +271,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work work
       sums.Retire(tile);
       release(barriers.VEmpty(stage));
     }
-    release(barriers.QEmpty(warpgroup));
+    if (my_tiles == 0) release(barriers.QEmpty(warpgroup));
     // Tiles that only the other warpgroups see.
 #pragma unroll 1
     for (int tile = my_tiles; tile < tiles; ++tile, ring.Next()) {
@@ -286,16 +288,11 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work work
     }
     ptx::BarrierWait(barriers.TableFull(), turn & 1);
     if (my_tiles > 0) {
-      // Found once more: kept over the loop above, it would take registers that are short there.
-      unsigned this_turn = turn;
-      asm volatile("" : "+r"(this_turn));
-      const Position position = work.Find(params, this_turn);
-      const int first_row = position.first_row + warpgroup * kRows + 16 * warp;
-      const int row = first_row + lane / 4;
-      FinishRows<T::kHeadDim>(params, position, table, row, lane, o, scores.max, scores.sum,
+      const int first_row = table.first_query + warpgroup * kRows + 16 * warp;
+      FinishRows<T::kHeadDim>(params, table, first_row + lane / 4, lane, o, scores.max, scores.sum,
                               row_sum);
       WithOutputType(params.out_type, [&](auto type) {
-        StoreTile<decltype(type), T::kHeadDim>(params, position, first_row, lane, output, o);
+        StoreTile<decltype(type)>(params, table, first_row, lane, output, o);
       });
     }
     release(barriers.TableEmpty());
@@ -309,7 +306,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ uint8_t shared_memory[];
   const uint32_t shared = (ptx::SharedAddress(shared_memory) + 1023) & ~1023u;
   const Barriers<T::kStages> barriers{shared + T::kBarriers};
-  auto& table = *reinterpret_cast<ChannelTable<T::kHeadDim>*>(
+  auto& table = *reinterpret_cast<OutputTable<T::kHeadDim>*>(
       shared_memory + (shared - ptx::SharedAddress(shared_memory)) + T::kTable);
   const Work work{items};
 

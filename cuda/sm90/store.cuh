@@ -10,8 +10,9 @@ namespace jax_sage::sm90 {
 // A warp stores its 16 rows from `first_row` on; of each thread the two rows that FinishRows
 // finished. `shared`: the warp's part of the warpgroup's output buffer, 512 bytes every 2048.
 template <class Out, int kHeadDim>
-__device__ __forceinline__ void StoreTile(const AttentionParams& params, const Position& position,
-                                          int first_row, int lane, uint32_t shared,
+__device__ __forceinline__ void StoreTile(const AttentionParams& params,
+                                          const OutputTable<kHeadDim>& table, int first_row,
+                                          int lane, uint32_t shared,
                                           const float (&o)[kHeadDim / 8][4]) {
   constexpr int kRowBytes = kHeadDim * 4;  // of FP32; rows of smaller types leave a gap
   constexpr int kRowsPerPiece = 512 / kRowBytes;
@@ -32,8 +33,8 @@ __device__ __forceinline__ void StoreTile(const AttentionParams& params, const P
   }
   __syncwarp();
   const int rows = min(16, params.length_q - first_row);
-  Out* out =
-      static_cast<Out*>(params.out) + OutputRow(params, position, first_row) * params.head_dim;
+  Out* out = static_cast<Out*>(params.out) +
+             (table.output_row + static_cast<int64_t>(first_row) * params.heads) * params.head_dim;
   const int64_t pitch = static_cast<int64_t>(params.heads) * params.head_dim;
   if (params.head_dim * sizeof(Out) % 16 == 0 &&
       reinterpret_cast<uintptr_t>(params.out) % 16 == 0) {
