@@ -364,11 +364,27 @@ class AttentionSuite:
 
     @pytest.mark.parametrize("recipe", NAMED)
     def test_fp16_sums_do_not_overflow(self, recipe):
-        """All of P at its largest, and V at either end of its range: 64 · 256 · 1.875 a block."""
+        """V at either end of its range."""
         shape = (1, 256, 1, 64)
         q, k, v = np.ones(shape, np.float16), np.ones(shape, np.float16), np.ones(shape, np.float16)
         v[:, 0] = -1
         check(q, k, v * np.float16(6e4), recipe=recipe)
+
+    @pytest.mark.parametrize("pv", ["fp8", "fp16"])
+    def test_largest_fp16_sums(self, pv):
+        """P and V at their largest over 1100 keys: 64 · 1.875 · 512 is the most that FP16 holds.
+
+        One key in 128 has a score so low that the average is far below the maximum: no kernel
+        leaves room above P then.
+        """
+        q = np.full((1, 70, 1, 64), 50, np.float16)
+        k = np.ones((1, 1100, 1, 64), np.float16)
+        k[:, ::128] = -1
+        v = np.ones(k.shape, np.float16)
+        v[..., ::2] = -1
+        recipe = jax_sage.Recipe(pv=pv, smooth_k=False, smooth_v=False)
+        out, _ = attention(q, k, v, recipe=recipe)
+        np.testing.assert_array_equal(out, np.broadcast_to(v[:, :1], out.shape))
 
     @pytest.mark.parametrize("recipe", NAMED)
     def test_attention_sink(self, recipe):

@@ -247,16 +247,16 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work work
       }
       uint32_t p[T::kBlocks][Pv::kRegisters];
       if (tile < full_tiles) {
-        scores.template Softmax<false>(p, sums, tile == 0, {}, opaque_zero);
+        scores.template Softmax<false>(p, sums, tile == 0, {}, 0, opaque_zero);
       } else {
-        int visible[2];  // keys of this tile that the rows see, from this thread's first on
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int end =
-              params.is_causal ? min(row + 8 * half + 1, params.length_kv) : params.length_kv;
-          visible[half] = end - tile * T::kTile - 2 * (lane & 3);
-        }
-        scores.template Softmax<true>(p, sums, tile == 0, visible, opaque_zero);
+        const auto keys = [&](int row) {  // of this tile
+          return (params.is_causal ? min(row + 1, params.length_kv) : params.length_kv) -
+                 tile * T::kTile;
+        };
+        const int first_key = 2 * (lane & 3);
+        const int visible[2] = {keys(row) - first_key, keys(row + 8) - first_key};
+        scores.template Softmax<true>(p, sums, tile == 0, visible, keys(group_row + kRows - 1),
+                                      opaque_zero);
       }
       release(barriers.KEmpty(stage));
       if (tile + 1 == my_tiles) release(barriers.QEmpty(warpgroup));

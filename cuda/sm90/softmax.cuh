@@ -20,8 +20,9 @@ __device__ __forceinline__ void IssueQk(int32_t (&s)[kBlockKv / 2], uint64_t q, 
 //
 // The maximum m is stale: P = P_MAX * 2^(S c - m) is computed with the m of the tiles before, and
 // that no P has outgrown its type is read off the packed codes. Where one has, the warp does the
-// tile again after raising m to the tile's maximum, rounded up, plus some room to grow. m is an
-// integer, so P's mantissas do not depend on it; only what is subnormal in E4M3 does.
+// tile again after raising m of that row to the tile's maximum, rounded up, plus some room to grow.
+// m is an integer, so P's mantissas do not depend on it; only what is subnormal in E4M3 does. Each
+// row decides for itself: its result does not depend on its neighbours.
 template <class T>
 struct Scores {
   using Pv = typename T::Pv;
@@ -30,30 +31,25 @@ struct Scores {
   float max[2] = {-kInf, -kInf};
   float sum[2] = {0, 0};  // P before rounding, of this thread's columns
 
-  // QK^T has been issued, a group a block. `first`: there is no maximum yet.
+  // QK^T has been issued, a group a block. `first`: there is no maximum yet. With kMasked the rows
+  // see `visible` keys of the tile from this thread's first on, and the warpgroup sees `seen`.
   template <bool kMasked>
   __device__ __forceinline__ void Softmax(uint32_t (&p)[T::kBlocks][Pv::kRegisters], Pv& sums,
-                                          bool first, const int (&visible)[2], int opaque_zero) {
+                                          bool first, const int (&visible)[2], int seen,
+                                          int opaque_zero) {
     float tile_sum[2] = {0, 0};
-    uint32_t over = 1;
-    if (!first) {
-      over = 0;
+    uint32_t over[2] = {first ? ~0u : 0, first ? ~0u : 0};
 #pragma unroll
-      for (int block = 0; block < T::kBlocks; ++block) {
-        if (block + 1 < T::kBlocks) {
-          ptx::WgmmaWait<1>();
-        } else {
-          ptx::WgmmaWait<0>();
-        }
-        ptx::Pin(s[block]);
-        over |= ComputeP<kMasked>(p[block], block, visible, tile_sum);
+    for (int block = 0; block < T::kBlocks; ++block) {
+      if (block + 1 < T::kBlocks) {
+        ptx::WgmmaWait<1>();
+      } else {
+        ptx::WgmmaWait<0>();
       }
-    } else {
-      ptx::WgmmaWait<0>();
-#pragma unroll
-      for (int block = 0; block < T::kBlocks; ++block) ptx::Pin(s[block]);
+      ptx::Pin(s[block]);
+      if (!first) ComputeP<kMasked>(p[block], block, visible, seen, over, tile_sum);
     }
-    if (__any_sync(0xffffffffu, over != 0)) {
+    if (__any_sync(0xffffffffu, ((over[0] | over[1]) & Pv::kLimitMask) != 0)) {
       // Other values to the compiler: it would keep the converted scores and the 64 comparisons of
       // above for here.
 #pragma unroll
@@ -62,11 +58,11 @@ struct Scores {
         for (int i = 0; i < kBlockKv / 2; ++i) s[block][i] += opaque_zero;
       }
       const int again_visible[2] = {visible[0] + opaque_zero, visible[1] + opaque_zero};
-      Raise<kMasked>(sums, again_visible);
+      Raise<kMasked>(sums, again_visible, over);
       tile_sum[0] = tile_sum[1] = 0;
 #pragma unroll
       for (int block = 0; block < T::kBlocks; ++block) {
-        ComputeP<kMasked>(p[block], block, again_visible, tile_sum);
+        ComputeP<kMasked>(p[block], block, again_visible, seen, over, tile_sum);
       }
     }
     sum[0] += tile_sum[0];
@@ -74,10 +70,16 @@ struct Scores {
   }
 
  private:
-  // P of a block; returns whether one is beyond the limit.
+  // P of a block; sets bits of kLimitMask in `over` where a row has one beyond the limit.
   template <bool kMasked>
-  __device__ __forceinline__ uint32_t ComputeP(uint32_t (&p)[Pv::kRegisters], int block,
-                                               const int (&visible)[2], float (&tile_sum)[2]) {
+  __device__ __forceinline__ void ComputeP(uint32_t (&p)[Pv::kRegisters], int block,
+                                           const int (&visible)[2], int seen, uint32_t (&over)[2],
+                                           float (&tile_sum)[2]) {
+    if (kMasked && kBlockKv * block >= seen) {  // of the whole warpgroup
+#pragma unroll
+      for (uint32_t& x : p) x = 0;
+      return;
+    }
     const float offset[2] = {kLog2PMax - max[0], kLog2PMax - max[1]};
     const float scale[2] = {q_scale[0] * k_scale[block], q_scale[1] * k_scale[block]};
 #pragma unroll
@@ -97,11 +99,15 @@ struct Scores {
       }
       Pv::Pack(p, pair, x);
     }
-    return Pv::OverLimit(p);
+    // The two rows alternate in the registers of an A fragment.
+#pragma unroll
+    for (int i = 0; i < Pv::kRegisters; ++i) over[i % 2] |= p[i] + Pv::kLimitOffset;
   }
 
+  // Raises m of the rows that are over the limit.
   template <bool kMasked>
-  __device__ __forceinline__ void Raise(Pv& sums, const int (&visible)[2]) {
+  __device__ __forceinline__ void Raise(Pv& sums, const int (&visible)[2],
+                                        const uint32_t (&over)[2]) {
     float alpha[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -118,27 +124,30 @@ struct Scores {
             block_total += s[block][4 * n + 2 * half + e];
           }
         }
-        const float scale = q_scale[half] * k_scale[block];
+        // A block without keys has no scale either.
         if (!kMasked || best != INT32_MIN) {
-          tile_max = fmaxf(tile_max, static_cast<float>(best) * scale);
+          const float scale = q_scale[half] * k_scale[block];
+          // Up: P is computed from the exact product, and may not be beyond P_MAX.
+          tile_max = fmaxf(tile_max, __fmul_ru(static_cast<float>(best), scale));
+          total += static_cast<float>(block_total) * scale;
         }
-        total += static_cast<float>(block_total) * scale;
       }
-      tile_max = fmaxf(tile_max, __shfl_xor_sync(0xffffffffu, tile_max, 1));
-      tile_max = fmaxf(tile_max, __shfl_xor_sync(0xffffffffu, tile_max, 2));
-      total += __shfl_xor_sync(0xffffffffu, total, 1);
-      total += __shfl_xor_sync(0xffffffffu, total, 2);
-      const int first = kMasked ? visible[half] + 2 * static_cast<int>(threadIdx.x & 3) : T::kTile;
-      const float mean = total / static_cast<float>(::max(::min(first, T::kTile), 1));
+      uint32_t raise = over[half] & Pv::kLimitMask;
+#pragma unroll
+      for (int lanes = 1; lanes <= 2; lanes *= 2) {
+        raise |= __shfl_xor_sync(0xffffffffu, raise, lanes);
+        tile_max = fmaxf(tile_max, __shfl_xor_sync(0xffffffffu, tile_max, lanes));
+        total += __shfl_xor_sync(0xffffffffu, total, lanes);
+      }
+      const int keys = kMasked ? visible[half] + 2 * static_cast<int>(threadIdx.x & 3) : T::kTile;
+      const float mean = total / static_cast<float>(::max(::min(keys, T::kTile), 1));
       const float old = max[half];
-      // A score up to 1/16 below the limit rounds to a P under the limit.
-      if (tile_max > old + Pv::kSpare - 0.0625f) {
-        max[half] = ceilf(tile_max) + Pv::Room(tile_max - mean);
-      }
+      if (raise != 0) max[half] = fmaxf(old, ceilf(tile_max) + Pv::Room(tile_max - mean));
       alpha[half] = max[half] == old ? 1.0f : ptx::Exp2(old - max[half]);
       sum[half] *= alpha[half];
     }
-    // What was summed so far counts less. Exact: alpha is a power of two.
+    // What was summed so far counts less. Exact, as alpha is a power of two, but for FP16 sums that
+    // become subnormal: too small to matter by then.
     sums.Rescale(alpha);
   }
 };

@@ -1,4 +1,7 @@
 // PV and where its sums live: one class for each type of P and V.
+//
+// Of a warpgroup's tiles, in order: Issue() starts PV, Retire() follows when it has completed.
+// Rescale() may come between a Retire and the next Issue. Finish() gives the output and row sums.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -27,10 +30,10 @@ struct PvFp8 {
   static constexpr int kRegisters = kBlockKv / 8;  // of P, a block
   static constexpr bool kSumsRows = true;
   static constexpr uint32_t kOnes = 0x38383838;
-  // Codes of positive numbers are ordered like integers: this carries into the top bit from the
-  // code of P_MAX on.
+  // Codes of positive numbers are ordered like integers: adding this carries into the top bit from
+  // the code of P_MAX on.
   static constexpr uint32_t kLimitOffset = (0x80 - (kLog2PMaxInt + 7) * 8) * 0x01010101;
-  static constexpr float kSpare = 0;  // log2(limit / P_MAX)
+  static constexpr uint32_t kLimitMask = 0x80808080;
 
   uint32_t output;  // address of this thread's part: 4 floats every 2048 bytes
   uint32_t sums[(kHeadDim + kSumRows) / 4];  // FP16 pairs: the channels, then the row sums
@@ -65,12 +68,6 @@ struct PvFp8 {
                                               const float (&x)[2][4]) {
     p[2 * pair] = ptx::PackE4m3(x[0][0], x[0][1], x[1][0], x[1][1]);
     p[2 * pair + 1] = ptx::PackE4m3(x[0][2], x[0][3], x[1][2], x[1][3]);
-  }
-  static __device__ __forceinline__ uint32_t OverLimit(const uint32_t (&p)[kRegisters]) {
-    uint32_t over = 0;
-#pragma unroll
-    for (uint32_t x : p) over |= x + kLimitOffset;
-    return over & 0x80808080;
   }
   // Powers of two that a row's maximum may grow by before a tile must be done again. They cost
   // range at the other end: a key with an average score must keep a P that is a normal number
@@ -158,7 +155,7 @@ struct PvFp16 {
   // What FP16 rounds off P is too little to show in a row sum: that of P before rounding serves.
   static constexpr bool kSumsRows = false;
   static constexpr uint32_t kLimitOffset = 0x08000800;  // 0x8000 - the code of 2^15
-  static constexpr float kSpare = 15 - kLog2PMax;
+  static constexpr uint32_t kLimitMask = 0x80008000;
 
   float sums[kHeadDim / 2] = {};
 
@@ -184,13 +181,8 @@ struct PvFp16 {
     p[4 * pair + 2] = ptx::PackF16(x[1][0], x[1][1]);
     p[4 * pair + 3] = ptx::PackF16(x[1][2], x[1][3]);
   }
-  static __device__ __forceinline__ uint32_t OverLimit(const uint32_t (&p)[kRegisters]) {
-    uint32_t over = 0;
-#pragma unroll
-    for (uint32_t x : p) over |= x + kLimitOffset;
-    return over & 0x80008000;
-  }
-  static __device__ __forceinline__ float Room(float) { return 0; }  // kSpare is room enough
+  // The limit is 2^(15 - log2 P_MAX) above what P starts with: room enough.
+  static __device__ __forceinline__ float Room(float) { return 0; }
 
   __device__ __forceinline__ void Issue(uint32_t (&p)[1][kRegisters], uint64_t v, int) {
     ptx::Pin(p[0]);
