@@ -41,14 +41,15 @@ struct Traits {
   static constexpr int kKBytes = kTile * kHeadDim;
   static constexpr int kScaleBytes = kBlocks * kKeyScales * 4;
   static constexpr int kStageBytes = kKBytes + Pv::kStride + kScaleBytes;
-  // Shared memory; tiles first, they must be aligned to 1024 bytes for the swizzle.
   static constexpr int kQScaleBytes = kRows * 4;
   static constexpr int kOutputBytes = kRows * kHeadDim * 4;
-  static constexpr int kFixedBytes = kConsumers * (kQBytes + kQScaleBytes + kOutputBytes) +
-                                     int{sizeof(OutputTable<kHeadDim>)} + 1024 /* to align */ + 512;
-  static constexpr int kStages = (kSharedLimit - kFixedBytes) / kStageBytes < 6
-                                     ? (kSharedLimit - kFixedBytes) / kStageBytes
-                                     : 6;
+  static constexpr int kMaxStages = 6;
+  static constexpr int kFixedBytes = kConsumers * (kQBytes + kQScaleBytes + kOutputBytes) + 16 +
+                                     int{sizeof(OutputTable<kHeadDim>)} +
+                                     8 * (2 + 2 * kConsumers + 4 * kMaxStages) + 1024;
+  static constexpr int kFitting = (kSharedLimit - kFixedBytes) / kStageBytes;
+  static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
+  // Shared memory; tiles first, they must be aligned to 1024 bytes for the swizzle.
   static constexpr int kQ = 0;
   static constexpr int kK = kQ + kConsumers * kQBytes;
   static constexpr int kV = kK + kStages * kKBytes;
@@ -59,7 +60,7 @@ struct Traits {
   static constexpr int kTable = kFirstRows + 16;
   static constexpr int kBarriers = kTable + int{sizeof(OutputTable<kHeadDim>)};
   static constexpr int kBarrierCount = 2 + 2 * kConsumers + 4 * kStages;
-  static constexpr int kSharedBytes = kBarriers + kBarrierCount * 8 + 1024;
+  static constexpr int kSharedBytes = kBarriers + kBarrierCount * 8 + 1024;  // to align
   static_assert(kStages >= 3, "the warpgroups drift apart by more than a tile");
   static_assert(kKBytes % 1024 == 0 && Pv::kStride % 1024 == 0 && kQBytes % 1024 == 0);
   static_assert(kSharedBytes <= kSharedLimit);
