@@ -130,7 +130,7 @@ std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buf
                           const Attrs& attrs, Sizes* sizes) {
   Checker check("quantize");
   check.Count("arguments", args.size(), 3);
-  check.Count("results", results.size(), 10);
+  check.Count("results", results.size(), 11);
   if (!check.Ok()) return check.message();
 
   Sizes s;
@@ -154,6 +154,7 @@ std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buf
   s.parts = partials.dims[2];
   check.Is("partials", partials, "F32",
            {s.batch, s.kv_heads, s.parts, kPartialRows, s.padded_head_dim});
+  check.Is("arrivals", results[10], "S32", {s.batch, s.kv_heads, 2});
   check.Require(s.parts >= 1 && s.parts <= s.length_kv,
                 "partials cuts " + std::to_string(s.length_kv) + " keys into " +
                     std::to_string(s.parts) + " parts");

@@ -115,6 +115,7 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffe
   params.first_bad = Data<int32_t>(out[7]);
   params.value_code_sum = Data<long long>(out[8]);
   params.partials = Data<float>(out[9]);
+  params.arrivals = Data<int32_t>(out[10]);
   params.batch = sizes.batch;
   params.heads = static_cast<int>(sizes.heads);
   params.kv_heads = static_cast<int>(sizes.kv_heads);

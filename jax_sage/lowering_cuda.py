@@ -19,9 +19,10 @@ from jax_sage import kernels, portable
 from jax_sage.recipe import BLOCK_KV, Recipe
 
 BLOCK_Q = 128
-# Parts that the sequence is cut into for the channel statistics: enough to fill a GPU with one
-# head, few enough that adding the parts up is free.
+# The sequence is cut into parts of this many tokens for the channel statistics: enough of them to
+# fill a GPU with one head, but no more than one CTA can put together in no time.
 _STATISTICS_TOKENS = 512
+_MAX_PARTS = 256
 
 
 def attention(
@@ -86,7 +87,7 @@ def quantize(
     hp = 64 if head_dim <= 64 else 128
     tp = -(-length_q // BLOCK_Q) * BLOCK_Q
     sp = -(-length_kv // BLOCK_KV) * BLOCK_KV
-    parts = -(-length_kv // _STATISTICS_TOKENS)
+    parts = min(-(-length_kv // _STATISTICS_TOKENS), _MAX_PARTS)
 
     def array(dtype: object, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -106,8 +107,9 @@ def quantize(
         # 64-bit integers, which JAX has only with jax_enable_x64.
         array(jnp.uint32, batch, kv_heads, hp, 2),  # value_code_sum
         array(jnp.float32, batch, kv_heads, parts, 6, hp),  # scratch
+        array(jnp.int32, batch, kv_heads, 2),  # scratch: counters of parts that are done
     )
-    *quantized, _ = jax.ffi.ffi_call("jax_sage_quantize", results)(
+    *quantized, _, _ = jax.ffi.ffi_call("jax_sage_quantize", results)(
         query,
         key,
         value,

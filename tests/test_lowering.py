@@ -157,8 +157,8 @@ def test_buffers(recipe, dtype):
         ((6, 2, 128, 2), "ui32"),
     ]
     assert results[:9] == quantized
-    # Scratch: one part for each 512 keys.
-    assert results[9:] == [((6, 2, 3, 6, 128), "f32")]
+    # Scratch: one part for each 512 keys, and the parts done of K and V.
+    assert results[9:] == [((6, 2, 3, 6, 128), "f32"), ((6, 2, 2), "i32")]
     operands, results = signature(calls["jax_sage_attention"])
     assert operands == quantized
     assert results == [((3, 2, 300, 8, 80), short), ((3, 2, 300, 8), "f32")]
@@ -271,7 +271,8 @@ def right_call(which, recipe="8+8", query=(2, 300, 4, 80), key=(2, 1100, 2, 80))
         v = quantized[5][1]
         parts = ("F32", [*v[:2], 3, 6, quantized[3][1][3]])
         attrs = {"scale_log2": 0.2, "smooth_k": 1.0, "smooth_v": 0.0}
-        return [describe(q), describe(k), describe(k)], [*quantized, parts], attrs
+        arrivals = ("S32", [*v[:2], 2])
+        return [describe(q), describe(k), describe(k)], [*quantized, parts, arrivals], attrs
     attrs = {
         "length_kv": float(key[-3]),
         "is_causal": 1.0,
@@ -283,7 +284,7 @@ def right_call(which, recipe="8+8", query=(2, 300, 4, 80), key=(2, 1100, 2, 80))
 
 
 NAMES = {
-    "quantize": (["query", "key", "value"], [*QUANTIZED, "partials"]),
+    "quantize": (["query", "key", "value"], [*QUANTIZED, "partials", "arrivals"]),
     "attention": (QUANTIZED, ["out", "lse"]),
 }
 CALLS = [("quantize", "8+8"), ("quantize", "8+16"), ("attention", "8+8"), ("attention", "8+16")]

@@ -25,6 +25,7 @@ struct QuantizeParams {
   int32_t* first_bad;         // [B, K, 2, Hp]
   long long* value_code_sum;  // [B, K, Hp]
   float* partials;            // scratch [B, K, parts, kPartialRows, Hp]
+  int32_t* arrivals;          // scratch [B, K, 2]: parts of K and V whose statistics are done
 
   int64_t batch;
   int heads;

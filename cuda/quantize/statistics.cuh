@@ -1,0 +1,297 @@
+// Statistics of the channels of K and V: of a part of the keys, and of all of them by the CTA that
+// is the last to finish a part. Those that need them wait here.
+#pragma once
+
+#include <cuda/atomic>
+
+#include "quantize/quantize.h"
+#include "quantize/tokens.cuh"
+
+namespace jax_sage::quantize {
+
+enum PartialRow : int { kSumK, kBadK, kSumV, kBadV, kMaxV, kMinV };
+
+template <int kHeadDim>
+struct SharedStatistics {
+  static constexpr int kRows = kThreads * kVector / kHeadDim;
+  alignas(16) float sum[kRows][kHeadDim];
+  alignas(16) float max[kRows][kHeadDim];
+  alignas(16) float min[kRows][kHeadDim];
+  int bad[kHeadDim];  // a key that is not finite counts in all channels, and is kept in the first
+  bool is_last;
+};
+
+using Arrivals = cuda::atomic_ref<int32_t, cuda::thread_scope_device>;
+
+// The parts of a unit arrive, and then the CTA that put them together.
+__device__ __forceinline__ void WaitForStatistics(const QuantizeParams& params, int head,
+                                                  Tensor tensor) {
+  if (threadIdx.x == 0) {
+    const Arrivals arrivals(params.arrivals[2 * static_cast<int64_t>(head) + tensor]);
+    while (arrivals.load(cuda::memory_order_acquire) != params.parts + 1) __nanosleep(100);
+  }
+  __syncthreads();
+}
+
+// Of kVector channels of the tokens, or parts, that a thread has seen.
+struct Statistics {
+  float sum[kVector];
+  float max[kVector];
+  float min[kVector];
+  __device__ Statistics() {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      sum[i] = 0;
+      max[i] = -kInf;
+      min[i] = kInf;
+    }
+  }
+};
+
+// The same while tokens are added: maxima and minima stay in the type of the input.
+template <Tensor kTensor, class In>
+class RunningStatistics {
+ public:
+  __device__ __forceinline__ RunningStatistics() {
+#pragma unroll
+    for (int i = 0; i < kVector / 2; ++i) {
+      max_[i] = FromFloats<Pair<In>>(make_float2(-kInf, -kInf));
+      min_[i] = FromFloats<Pair<In>>(make_float2(kInf, kInf));
+    }
+  }
+  __device__ __forceinline__ void Add(const Vector<In>& vector) {
+#pragma unroll
+    for (int i = 0; i < kVector / 2; ++i) {
+      const float2 pair = ToFloats(vector.pairs[i]);
+      sum_[2 * i] += pair.x;
+      sum_[2 * i + 1] += pair.y;
+      if (kTensor == kValue) {
+        max_[i] = Max(max_[i], vector.pairs[i]);
+        min_[i] = Min(min_[i], vector.pairs[i]);
+      }
+    }
+  }
+  // Whether all that was added is finite, and the sums too.
+  __device__ __forceinline__ bool IsFinite() const {
+    float total = 0;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) total += fabsf(sum_[i]);
+    return isfinite(total);
+  }
+  __device__ __forceinline__ Statistics Get() const {
+    Statistics result;
+#pragma unroll
+    for (int i = 0; i < kVector / 2; ++i) {
+      const float2 high = ToFloats(max_[i]), low = ToFloats(min_[i]);
+      result.sum[2 * i] = sum_[2 * i], result.sum[2 * i + 1] = sum_[2 * i + 1];
+      result.max[2 * i] = high.x, result.max[2 * i + 1] = high.y;
+      result.min[2 * i] = low.x, result.min[2 * i + 1] = low.y;
+    }
+    return result;
+  }
+
+ private:
+  float sum_[kVector] = {};
+  Pair<In> max_[kVector / 2];
+  Pair<In> min_[kVector / 2];
+};
+
+// Adds the tokens from `first` on, all passes of a chunk.
+template <Tensor kTensor, class T, class In>
+__device__ __forceinline__ void AddChunk(RunningStatistics<kTensor, In>& statistics, int first,
+                                         int end, const Vector<In> (&x)[kPasses]) {
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    if (first + T::template RowOfPass<kTensor>(pass) < end) statistics.Add(x[pass]);
+  }
+}
+
+// What is not finite shows in the sums. Rare: then again, with care.
+template <Tensor kTensor, class T, class In>
+__device__ __forceinline__ void Mend(RunningStatistics<kTensor, In>& statistics, const T& tokens,
+                                     int begin, int end, int* bad) {
+  if (statistics.IsFinite()) return;
+  statistics = RunningStatistics<kTensor, In>();
+#pragma unroll 1
+  for (int first = begin; first < end; first += T::kTokens) {
+#pragma unroll 1
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int token = first + T::template RowOfPass<kTensor>(pass);
+      if (token >= end) continue;
+      Vector<In> vector = tokens.Load(token);
+      float x[kVector];
+      ToFloats(x, vector);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        if (!isfinite(x[i])) atomicMin(&bad[kTensor == kValue ? T::Channel() + i : 0], token);
+      }
+      MakeFinite(vector);
+      statistics.Add(vector);
+    }
+  }
+}
+
+template <Tensor kTensor, class T>
+__device__ __forceinline__ Statistics StatisticsOf(const T& tokens, int begin, int end, int* bad) {
+  using In = typename T::Element;
+  RunningStatistics<kTensor, In> statistics;
+#pragma unroll 1
+  for (int first = begin; first < end; first += T::kTokens) {
+    Vector<In> x[kPasses];
+    tokens.template Load<kTensor>(x, first);
+    AddChunk<kTensor, T>(statistics, first, end, x);
+  }
+  Mend<kTensor>(statistics, tokens, begin, end, bad);
+  return statistics.Get();
+}
+
+// Of one channel in all that the CTA has seen: thread c gets channel c.
+struct ChannelStatistics {
+  float sum = 0;
+  float max = -kInf;
+  float min = kInf;
+};
+
+// Always adds in the same order.
+template <Tensor kTensor, int kHeadDim>
+__device__ __forceinline__ ChannelStatistics Combine(SharedStatistics<kHeadDim>& shared,
+                                                     const Statistics& of_thread) {
+  constexpr int kThreadsPerRow = kHeadDim / kVector;
+  const int row = threadIdx.x / kThreadsPerRow, channel = threadIdx.x % kThreadsPerRow * kVector;
+  StoreFloats(&shared.sum[row][channel], of_thread.sum);
+  if (kTensor == kValue) {
+    StoreFloats(&shared.max[row][channel], of_thread.max);
+    StoreFloats(&shared.min[row][channel], of_thread.min);
+  }
+  __syncthreads();
+  ChannelStatistics result;
+  const int c = threadIdx.x;
+  if (c < kHeadDim) {
+#pragma unroll 8
+    for (int r = 0; r < shared.kRows; ++r) {
+      result.sum += shared.sum[r][c];
+      if (kTensor == kValue) {
+        result.max = fmaxf(result.max, shared.max[r][c]);
+        result.min = fminf(result.min, shared.min[r][c]);
+      }
+    }
+  }
+  return result;
+}
+
+// 0 where the mean is too large to be subtracted without overflow.
+__device__ __forceinline__ float UsableMean(float sum, float per_token) {
+  const float mean = sum * per_token;
+  return fabsf(mean) <= kMeanMax ? mean : 0.0f;
+}
+
+__device__ __forceinline__ float KeyMean(const QuantizeParams& params, const Plan& plan,
+                                         const ChannelStatistics& all) {
+  const float mean = params.smooth_k ? UsableMean(all.sum, plan.per_token) : 0;
+  return __bfloat162float(__float2bfloat16_rn(mean));
+}
+
+struct ValueChannel {
+  float average, mean, scale, down, inverse;
+  __device__ __forceinline__ ValueChannel(const QuantizeParams& params, const Plan& plan,
+                                          const ChannelStatistics& all) {
+    average = params.smooth_v ? UsableMean(all.sum, plan.per_token) : 0;
+    mean = __bfloat162float(__float2bfloat16_rn(average));
+    const float absmax = fmaxf(fmaxf(all.max - mean, mean - all.min), kAbsmaxFloor);
+    scale = absmax * (1.0f / kVMax);
+    down = absmax > 1 ? kDownscale : 1;
+    inverse = __fdiv_rn(kVMax, absmax * down);
+  }
+  template <int kHeadDim>
+  __device__ __forceinline__ void Store(float* channels) const {
+    channels[kValueAverage * kHeadDim] = average;
+    channels[kValueMean * kHeadDim] = mean;
+    channels[kValueScale * kHeadDim] = scale;
+    channels[kValueDown * kHeadDim] = down;
+    channels[kValueInverse * kHeadDim] = inverse;
+  }
+};
+
+// The parts of a unit put together: means, scales and first positions that are not finite.
+template <Tensor kTensor, int kHeadDim>
+__device__ __forceinline__ void FinishStatistics(const QuantizeParams& params, const Plan& plan,
+                                                 SharedStatistics<kHeadDim>& shared, int head) {
+  constexpr int kThreadsPerRow = kHeadDim / kVector;
+  const int channel = threadIdx.x % kThreadsPerRow * kVector;
+  const float* partials =
+      params.partials + head * (static_cast<int64_t>(params.parts) * (kPartialRows * kHeadDim));
+  const auto gather = [&](int row, auto add) {
+#pragma unroll 4
+    for (int part = threadIdx.x / kThreadsPerRow; part < params.parts; part += shared.kRows) {
+      float x[kVector];
+      LoadFloats(x, partials + part * static_cast<int64_t>(kPartialRows * kHeadDim) +
+                        row * kHeadDim + channel);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) add(i, x[i]);
+    }
+  };
+  Statistics of_thread;
+  gather(kTensor == kKey ? kSumK : kSumV, [&](int i, float x) { of_thread.sum[i] += x; });
+  gather(kTensor == kKey ? kBadK : kBadV, [&](int i, float x) {
+    if (__float_as_int(x) != kNever) atomicMin(&shared.bad[channel + i], __float_as_int(x));
+  });
+  if (kTensor == kValue) {
+    gather(kMaxV, [&](int i, float x) { of_thread.max[i] = fmaxf(of_thread.max[i], x); });
+    gather(kMinV, [&](int i, float x) { of_thread.min[i] = fminf(of_thread.min[i], x); });
+  }
+  const ChannelStatistics all = Combine<kTensor>(shared, of_thread);
+  if (kTensor == kValue) WaitForStatistics(params, head, kKey);
+
+  const int c = threadIdx.x;
+  if (c >= kHeadDim) return;
+  float* channels = params.channels + head * static_cast<int64_t>(kChannelRows * kHeadDim) + c;
+  int32_t* first_bad = params.first_bad + head * static_cast<int64_t>(kBadRows * kHeadDim) + c;
+  if (kTensor == kKey) {
+    channels[kKeyMean * kHeadDim] = KeyMean(params, plan, all);
+    first_bad[kBadKey * kHeadDim] = shared.bad[c];
+  } else {
+    ValueChannel(params, plan, all).template Store<kHeadDim>(channels);
+    first_bad[kBadValue * kHeadDim] = min(shared.bad[c], __ldcg(&first_bad[kBadKey * kHeadDim]));
+    params.value_code_sum[head * static_cast<int64_t>(kHeadDim) + c] = 0;
+  }
+}
+
+template <Tensor kTensor, class In, bool kWide, int kHeadDim>
+__device__ __forceinline__ void MakeStatistics(const QuantizeParams& params, const Plan& plan,
+                                               SharedStatistics<kHeadDim>& shared, int head,
+                                               int part) {
+  if (threadIdx.x < kHeadDim) shared.bad[threadIdx.x] = kNever;
+  __syncthreads();
+  const Tokens<In, kWide, kHeadDim> tokens(kTensor == kKey ? params.key : params.value, head,
+                                           params.kv_heads, params.length_kv, params.head_dim);
+  const int64_t begin = static_cast<int64_t>(part) * plan.tokens_per_part;
+  const int64_t end = min(begin + plan.tokens_per_part, static_cast<int64_t>(params.length_kv));
+  const ChannelStatistics all =
+      Combine<kTensor>(shared, StatisticsOf<kTensor>(tokens, static_cast<int>(min(begin, end)),
+                                                     static_cast<int>(end), shared.bad));
+
+  const int c = threadIdx.x;
+  const int64_t index = head * static_cast<int64_t>(params.parts) + part;
+  float* out = params.partials + index * (kPartialRows * kHeadDim) + c;
+  if (c < kHeadDim) {
+    const float bad = __int_as_float(shared.bad[kTensor == kKey ? 0 : c]);
+    out[(kTensor == kKey ? kSumK : kSumV) * kHeadDim] = all.sum;
+    out[(kTensor == kKey ? kBadK : kBadV) * kHeadDim] = bad;
+    if (kTensor == kValue) {
+      out[kMaxV * kHeadDim] = all.max;
+      out[kMinV * kHeadDim] = all.min;
+    }
+  }
+  __syncthreads();  // before the arrival: what it releases; after: the use of `shared`
+  const Arrivals arrivals(params.arrivals[2 * static_cast<int64_t>(head) + kTensor]);
+  if (c == 0) {
+    shared.is_last = arrivals.fetch_add(1, cuda::memory_order_acq_rel) == params.parts - 1;
+  }
+  __syncthreads();
+  if (!shared.is_last) return;
+  FinishStatistics<kTensor>(params, plan, shared, head);
+  __syncthreads();
+  if (c == 0) arrivals.fetch_add(1, cuda::memory_order_release);
+}
+
+}  // namespace jax_sage::quantize

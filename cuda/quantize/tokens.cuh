@@ -1,0 +1,180 @@
+// The tokens of Q, K and V as quantization reads them: how they are cut into work, and how the
+// threads of a CTA load them.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+namespace jax_sage::quantize {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kVector = 8;  // channels of a thread
+constexpr int kPasses = 4;  // tokens of a thread: all loaded before the first is used
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+enum Tensor : int { kKey, kValue, kQuery };
+
+// How the work is cut. A unit is K or V of one head, an item one part of it.
+struct Plan {
+  int items;
+  int lead;  // items of statistics ahead of the first codes: a unit's at least
+  int tokens_per_part;
+  float per_token;  // 1 / length_kv
+};
+
+// Two neighbouring channels, as they are stored.
+template <class In>
+struct PairOf;
+template <>
+struct PairOf<float> {
+  using Type = float2;
+};
+template <>
+struct PairOf<__half> {
+  using Type = __half2;
+};
+template <>
+struct PairOf<__nv_bfloat16> {
+  using Type = __nv_bfloat162;
+};
+template <class In>
+using Pair = typename PairOf<In>::Type;
+
+__device__ __forceinline__ float2 ToFloats(float2 x) { return x; }
+__device__ __forceinline__ float2 ToFloats(__half2 x) { return __half22float2(x); }
+__device__ __forceinline__ float2 ToFloats(__nv_bfloat162 x) { return __bfloat1622float2(x); }
+template <class X>
+__device__ __forceinline__ X FromFloats(float2 x) {
+  if constexpr (std::is_same_v<X, float2>) return x;
+  if constexpr (std::is_same_v<X, __half2>) return __float22half2_rn(x);
+  if constexpr (std::is_same_v<X, __nv_bfloat162>) return __float22bfloat162_rn(x);
+}
+
+__device__ __forceinline__ float2 Max(float2 x, float2 y) {
+  return make_float2(fmaxf(x.x, y.x), fmaxf(x.y, y.y));
+}
+__device__ __forceinline__ __half2 Max(__half2 x, __half2 y) { return __hmax2(x, y); }
+__device__ __forceinline__ __nv_bfloat162 Max(__nv_bfloat162 x, __nv_bfloat162 y) {
+  return __hmax2(x, y);
+}
+__device__ __forceinline__ float2 Min(float2 x, float2 y) {
+  return make_float2(fminf(x.x, y.x), fminf(x.y, y.y));
+}
+__device__ __forceinline__ __half2 Min(__half2 x, __half2 y) { return __hmin2(x, y); }
+__device__ __forceinline__ __nv_bfloat162 Min(__nv_bfloat162 x, __nv_bfloat162 y) {
+  return __hmin2(x, y);
+}
+
+// What a thread takes of a token.
+template <class In>
+struct alignas(16) Vector {
+  Pair<In> pairs[kVector / 2];
+};
+
+template <class In>
+__device__ __forceinline__ void ToFloats(float (&x)[kVector], const Vector<In>& vector) {
+#pragma unroll
+  for (int i = 0; i < kVector / 2; ++i) {
+    const float2 pair = ToFloats(vector.pairs[i]);
+    x[2 * i] = pair.x;
+    x[2 * i + 1] = pair.y;
+  }
+}
+
+// Puts 0 for what is not finite.
+template <class In>
+__device__ __forceinline__ void MakeFinite(Vector<In>& vector) {
+#pragma unroll
+  for (int i = 0; i < kVector / 2; ++i) {
+    float2 pair = ToFloats(vector.pairs[i]);
+    if (!isfinite(pair.x)) pair.x = 0;
+    if (!isfinite(pair.y)) pair.y = 0;
+    vector.pairs[i] = FromFloats<Pair<In>>(pair);
+  }
+}
+
+template <class In>
+__device__ __forceinline__ void MakeFinite(Vector<In> (&x)[kPasses]) {
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) MakeFinite(x[pass]);
+}
+
+// The tokens of one head of Q, K or V, and how the threads of a CTA cover them: `kRows` tokens at
+// once, `kTokens` in all passes.
+template <class In, bool kWide, int kHeadDim>  // kWide: all tokens are aligned to 16 bytes
+struct Tokens {
+  using Element = In;
+  static constexpr int kThreadsPerRow = kHeadDim / kVector;
+  static constexpr int kRows = kThreads / kThreadsPerRow;
+  static constexpr int kTokens = kRows * kPasses;
+
+  const In* data;
+  int64_t stride;
+  int length;
+  int head_dim;
+
+  __device__ static int Row() { return threadIdx.x / kThreadsPerRow; }
+  __device__ static int Channel() { return threadIdx.x % kThreadsPerRow * kVector; }
+
+  __device__ Tokens(const void* tensor, int head, int heads, int length, int head_dim)
+      : data(static_cast<const In*>(tensor)),
+        stride(static_cast<int64_t>(heads) * head_dim),
+        length(length),
+        head_dim(head_dim) {
+    data += head / heads * (length * stride) + head % heads * head_dim;
+  }
+
+  // Zeros past the last token and the last channel.
+  __device__ __forceinline__ Vector<In> Load(int token) const {
+    Vector<In> vector;
+    const In* row = data + token * stride + Channel();
+    constexpr int kPerLoad = kWide ? 16 / sizeof(In) : 1;
+    using Loaded = std::conditional_t<kWide, uint4, In>;
+#pragma unroll
+    for (int i = 0; i < kVector / kPerLoad; ++i) {
+      Loaded loaded{};
+      if (token < length && Channel() + i * kPerLoad < head_dim) {
+        loaded = __ldg(reinterpret_cast<const Loaded*>(row) + i);
+      }
+      reinterpret_cast<Loaded*>(vector.pairs)[i] = loaded;
+    }
+    return vector;
+  }
+  template <Tensor kTensor>
+  __device__ __forceinline__ void Load(Vector<In> (&x)[kPasses], int first) const {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      x[pass] = Load(first + RowOfPass<kTensor>(pass));
+    }
+  }
+
+  // In its passes a thread takes tokens that are congruent modulo 8, of one class of K scales; of V
+  // those whose E4M3 codes are neighbours after the permutation, {2t, 2t+1, 8+2t, 8+2t+1} of 16.
+  template <Tensor kTensor>
+  __device__ static int RowOfPass(int pass) {
+    if (kTensor != kValue) return pass * kRows + Row();
+    return Row() / 4 * 16 + Row() % 4 * 2 + pass / 2 * 8 + pass % 2;
+  }
+  static_assert(kRows % 8 == 0 && kPasses == 4);
+};
+
+__device__ __forceinline__ void StoreFloats(float* to, const float (&x)[kVector]) {
+  reinterpret_cast<float4*>(to)[0] = make_float4(x[0], x[1], x[2], x[3]);
+  reinterpret_cast<float4*>(to)[1] = make_float4(x[4], x[5], x[6], x[7]);
+}
+// Past L1: what other CTAs have written.
+__device__ __forceinline__ void LoadFloats(float (&x)[kVector], const float* from) {
+  const float4 low = __ldcg(reinterpret_cast<const float4*>(from));
+  const float4 high = __ldcg(reinterpret_cast<const float4*>(from) + 1);
+  x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
+  x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+}
+
+}  // namespace jax_sage::quantize
