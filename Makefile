@@ -41,8 +41,8 @@ lint: .venv/test.stamp
 	.venv/bin/python -m mypy
 
 test: lint
-	@state=$$(.venv/bin/python jax_sage/record.py status); case "$$state" in fresh*) ;; \
-	  *) echo "warning: the GPU record is $$state; renew it by make gpu-check on a machine with a GPU" ;; esac
+	@set -- $$(.venv/bin/python jax_sage/record.py status); test "$$1" = fresh || \
+	  echo "warning: the GPU record is $$(echo $$1 $$2 $$3 $$4 $$5)$${6:+ and $$(($$# - 5)) more}; renew it by make gpu-check on a machine with a GPU"
 	.venv/bin/python -m pytest tests -m "not gpu" -n 2
 
 demo: .venv/demo.stamp

@@ -405,7 +405,8 @@ def plot(curves: Curves, results: dict[str, Result], config: Config, output: Pat
     score, score_error = mean_and_error(exact)
     change_axes.set(
         title="Change of the held-out score by quantized attention",
-        xlabel=f"{len(exact)} windows and their mean; exact: {score:.4f} ± {score_error:.4f}",
+        xlabel=f"{len(exact)} windows and their mean\n"
+        f"exact: {score:.4f} ± {score_error:.4f} bits per character",
         ylabel="bits per character, difference to exact",
         xticks=range(len(RECIPES)),
         xticklabels=labels,

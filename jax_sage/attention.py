@@ -26,6 +26,9 @@ def attention(
     *,
     scale: float | None = ...,
     is_causal: bool = ...,
+    query_seq_lengths: None = ...,
+    key_value_seq_lengths: None = ...,
+    local_window_size: None = ...,
     return_residual: Literal[False] = ...,
     recipe: str | Recipe = ...,
 ) -> jax.Array: ...
@@ -39,6 +42,9 @@ def attention(
     *,
     scale: float | None = ...,
     is_causal: bool = ...,
+    query_seq_lengths: None = ...,
+    key_value_seq_lengths: None = ...,
+    local_window_size: None = ...,
     return_residual: Literal[True],
     recipe: str | Recipe = ...,
 ) -> tuple[jax.Array, jax.Array]: ...
@@ -51,6 +57,9 @@ def attention(
     *,
     scale: float | None = None,
     is_causal: bool = False,
+    query_seq_lengths: None = None,
+    key_value_seq_lengths: None = None,
+    local_window_size: None = None,
     return_residual: bool = False,
     recipe: str | Recipe = "8+8",
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -71,6 +80,8 @@ def attention(
         hands a mask to its attention function gets that error and not an unmasked result.
       scale: multiplies the scores before softmax; a Python number. Default ``1 / sqrt(H)``.
       is_causal: query t sees the keys 0..t only (aligned at the first token, whatever T and S).
+      query_seq_lengths, key_value_seq_lengths, local_window_size: not there yet; anything but None
+        raises.
       return_residual: also return the log-sum-exp of the scores.
       recipe: ``"8+8"`` (INT8 QKᵀ, E4M3 PV in FP16 accumulators added up in FP32: the fast one),
         ``"8+16"`` (INT8 QKᵀ, FP16 PV in FP32: the accurate one), or a :class:`jax_sage.Recipe`.
@@ -86,13 +97,20 @@ def attention(
       TypeError: a dtype is not supported or differs between the arrays, or an option has the wrong
         type.
       ValueError: shapes do not fit together, or the recipe is unknown.
-      NotImplementedError: a bias or mask is given, or shapes are symbolic; and, when it is
-        differentiated: there is no derivative yet.
+      NotImplementedError: an argument that is not there yet is given, or shapes are symbolic; and,
+        when it is differentiated: there is no derivative yet.
 
     Sources: SageAttention2++ (arXiv 2505.21136), SageAttention2 (2411.10958).
     """
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
-    for name, argument in (("bias", bias), ("mask", mask)):
+    absent = {
+        "bias": bias,
+        "mask": mask,
+        "query_seq_lengths": query_seq_lengths,
+        "key_value_seq_lengths": key_value_seq_lengths,
+        "local_window_size": local_window_size,
+    }
+    for name, argument in absent.items():
         if argument is not None:
             raise NotImplementedError(
                 f"jax_sage.attention has no {name} yet (is_causal=True is there); use "

@@ -307,7 +307,11 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--short", action="store_true", help="fewer lengths, no model shapes")
+    parser.add_argument(
+        "--short",
+        action="store_true",
+        help="fewer lengths, no model shapes; changes nothing without a GPU",
+    )
     parser.add_argument("--json", type=pathlib.Path, help="also write the figures to this file")
     parser.add_argument("--chart", type=pathlib.Path, help="also draw them, as this PNG file")
     options = parser.parse_args(argv)

@@ -20,7 +20,8 @@ class Info:
 
     Attributes:
       versions: of jax_sage and the folder it was imported from; of jax and jaxlib; of CUDA: what
-        the kernels were built with, and what the driver supports ("none" where there is none).
+        the kernels were built with ("none (portable build)" without them), and what the driver
+        supports ("none" where there is none).
       architectures: compute capabilities that the kernels were built for, e.g. ``("sm_89",)``.
       devices: kind of each device that JAX uses by default, GPUs with their compute capability.
       kernels: for each named recipe, the kernel family that would run on these devices, or
@@ -69,7 +70,7 @@ def info() -> Info:
         versions["CUDA of the build"] = kernels.version_text(module.toolkit_version())
         versions["CUDA of the driver"] = kernels.version_text(driver) if driver else "none"
     else:
-        versions["CUDA of the build"] = f"none: {kernels.why_unavailable(Recipe())}"
+        versions["CUDA of the build"] = "none (portable build)"
     return Info(
         versions=versions,
         architectures=tuple(f"sm_{a}" for a in module.architectures()) if module else (),

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import os
+import pathlib
 import pickle
 import re
 import subprocess
@@ -111,10 +112,19 @@ def test_scale_of_more_than_one_number():
         trace(GOOD, scale=np.array([0.5, 0.25]))
 
 
-@pytest.mark.parametrize("name", ["bias", "mask"])
-def test_bias_and_mask_are_refused(name):
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("bias", np.ones((1, 1, 1, 1), np.float32)),
+        ("mask", np.ones((1, 1, 1, 1), bool)),
+        ("query_seq_lengths", np.array([8, 8])),
+        ("key_value_seq_lengths", np.array([8, 8])),
+        ("local_window_size", 4),
+    ],
+)
+def test_what_is_not_there_yet_is_refused(name, argument):
     with pytest.raises(NotImplementedError, match=f"has no {name} yet"):
-        trace(GOOD, **{name: jnp.ones((1, 1, 1, 1), bool)})
+        trace(GOOD, **{name: argument})
     assert trace(GOOD, **{name: None}).shape == GOOD.shape
 
 
@@ -128,6 +138,61 @@ def test_a_linen_module_cannot_lose_its_mask():
         model.init(jax.random.key(0), x, mask=linen.make_causal_mask(jnp.ones((1, 5))))
 
 
+@pytest.fixture(scope="module")
+def readme():
+    """What the README's Python defines, after running it."""
+    pytest.importorskip("flax", reason="flax is not installed")
+    text = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+    names = {}
+    for snippet in re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        exec(snippet, names)
+    return names
+
+
+def test_the_readme_runs(readme):
+    assert (readme["out"].shape, readme["out"].dtype) == (readme["q"].shape, jnp.bfloat16)
+
+
+def test_the_readme_function_in_nnx(readme):
+    from flax import nnx
+
+    def layer(**options):
+        return nnx.MultiHeadAttention(2, 32, rngs=nnx.Rngs(0), **options)
+
+    ours = layer(decode=False, attention_fn=readme["attention_fn"])
+    x = jax.random.normal(jax.random.key(0), (2, 24, 32))
+    assert reference.relative_l1(ours(x), layer(decode=False)(x)) < 0.05  # reference.py: 4 %
+    with pytest.raises(NotImplementedError, match="no sow_weights"):
+        ours(x, sow_weights=True)
+    with pytest.raises(NotImplementedError, match="has no mask yet"):
+        ours(x, mask=nnx.make_causal_mask(jnp.ones((2, 24))))
+
+    dropout = layer(decode=False, dropout_rate=0.5, attention_fn=readme["attention_fn"])
+    np.testing.assert_array_equal(dropout(x, deterministic=True), ours(x))
+    with pytest.raises(NotImplementedError, match="no dropout"):
+        dropout(x, deterministic=False)
+
+    decoder = layer(decode=True, attention_fn=readme["attention_fn"])
+    decoder.init_cache(x.shape)
+    with pytest.raises(NotImplementedError, match="has no mask yet"):
+        decoder(x[:, :1])
+
+
+def test_the_readme_function_in_linen(readme):
+    from flax import linen
+
+    model = linen.MultiHeadDotProductAttention(
+        num_heads=2, dropout_rate=0.5, attention_fn=readme["attention_fn"]
+    )
+    x = jnp.ones((1, 5, 8))
+    variables = model.init(jax.random.key(0), x, deterministic=True)
+    model.apply(variables, x, deterministic=True)
+    with pytest.raises(NotImplementedError, match="no dropout"):
+        model.apply(variables, x, deterministic=False, rngs={"dropout": jax.random.key(1)})
+    with pytest.raises(NotImplementedError, match="no sow_weights"):
+        model.apply(variables, x, deterministic=True, sow_weights=True)
+
+
 def test_vmap_over_nothing():
     x = jnp.ones((0, 2, 4, 2, 8))
     assert jax.vmap(jax_sage.attention)(x, x, x).shape == x.shape
@@ -138,6 +203,19 @@ def test_symbolic_shapes():
     x = struct(batch, length, 2, 8)
     with pytest.raises(NotImplementedError, match="symbolic shape"):
         jax.export.export(jax.jit(jax_sage.attention))(x, x, x)
+
+
+@pytest.mark.skipif(kernels.module() is None, reason="jax_sage is installed without CUDA kernels")
+def test_export_for_cuda_needs_two_checks_disabled(monkeypatch):
+    monkeypatch.setattr(kernels, "capabilities", lambda: [])  # not for this machine's GPU
+    calls = ("jax_sage_quantize", "jax_sage_attention")
+    x = struct(1, 100, 2, 40)
+    export = functools.partial(jax.export.export, jax.jit(jax_sage.attention), platforms=["cuda"])
+    with pytest.raises(ValueError, match="no compatibility guarantees"):
+        export()(x, x, x)
+    allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in calls]
+    program = export(disabled_checks=allowed)(x, x, x).mlir_module()
+    assert re.findall(r"custom_call @(\w+)", program) == list(calls)
 
 
 def test_traced_scale():
@@ -425,7 +503,7 @@ def test_info():
     module = kernels.module()
     if module is None:
         assert info.architectures == ()
-        assert info.versions["CUDA of the build"].startswith("none: jax_sage was built without")
+        assert info.versions["CUDA of the build"] == "none (portable build)"
     else:
         assert info.architectures == tuple(f"sm_{a}" for a in module.architectures())
         assert re.fullmatch(r"\d+\.\d", info.versions["CUDA of the build"])
@@ -440,7 +518,15 @@ def test_info_on_a_gpu_names_the_kernel_or_the_reason(machine, monkeypatch):
     assert info.versions["CUDA of the driver"] == "13.0"
     machine(None, 90)
     for kernel in jax_sage.info().kernels.values():
-        assert kernel.startswith("portable JAX: jax_sage was built without CUDA")
+        assert kernel.startswith("portable JAX: jax_sage was built without CUDA. Reinstall it")
+
+
+def test_info_gives_no_advice_without_a_gpu(machine, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    machine(None)
+    info = jax_sage.info()
+    assert info.versions["CUDA of the build"] == "none (portable build)"
+    assert "Reinstall" not in str(info)
 
 
 def test_python_m_jax_sage(tmp_path):
