@@ -124,8 +124,8 @@ def run_tests(root: pathlib.Path) -> dict[str, int]:
         report = pathlib.Path(folder) / "report.xml"
         command = [sys.executable, "-P", "-m", "pytest", "tests"]
         subprocess.run(
-            # Four processes: most of the time goes to compilation.
-            [*command, "-m", "gpu", "-n", "4", f"--junitxml={report}"],
+            # Several processes: most of the time goes to compilation.
+            [*command, "-m", "gpu", "-n", str(min(8, os.cpu_count() or 1)), f"--junitxml={report}"],
             cwd=root,
             check=False,
         )

@@ -79,17 +79,17 @@ struct Barriers {
   __device__ uint32_t VEmpty(int stage) const { return KFull(3 * kStages + stage); }
 
   __device__ void Init() const {
-    ptx::BarrierInit(TableFull(), 64);               // threads that prepare the table
-    ptx::BarrierInit(TableEmpty(), 4 * kConsumers);  // one lane of each consumer warp
+    ptx::BarrierInit(TableFull(), 64);  // threads that prepare the table
+    ptx::BarrierInit(TableEmpty(), 128 * kConsumers);
     for (int group = 0; group < kConsumers; ++group) {
       ptx::BarrierInit(QFull(group), 1);
-      ptx::BarrierInit(QEmpty(group), 4);
+      ptx::BarrierInit(QEmpty(group), 128);
     }
     for (int stage = 0; stage < kStages; ++stage) {
       ptx::BarrierInit(KFull(stage), 1);
       ptx::BarrierInit(VFull(stage), 1);
-      ptx::BarrierInit(KEmpty(stage), 4 * kConsumers);
-      ptx::BarrierInit(VEmpty(stage), 4 * kConsumers);
+      ptx::BarrierInit(KEmpty(stage), 128 * kConsumers);
+      ptx::BarrierInit(VEmpty(stage), 4 * kConsumers);  // one lane of each warp
     }
     ptx::FenceBarrierInit();
   }
@@ -202,8 +202,11 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work work
   const uint64_t q = ptx::Descriptor<T::kHeadDim>(shared + T::kQ + warpgroup * T::kQBytes);
   const uint64_t k_tiles = ptx::Descriptor<T::kHeadDim>(shared + T::kK);
   const uint64_t v_tiles = Pv::Descriptor(shared + T::kV);
+  // For V, which only wgmma reads. What threads have read each of them releases:
+  // compute-sanitizer's racecheck does not follow a warp's reads through __syncwarp to an arrival
+  // of one lane.
   const auto release = [&](uint32_t barrier) {
-    __syncwarp();  // all lanes have read
+    __syncwarp();
     if (lane == 0) ptx::BarrierArrive(barrier);
   };
   const uint32_t opaque_zero = work.items >> 31;
@@ -259,8 +262,8 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work work
         scores.template Softmax<true>(p, sums, tile == 0, visible, keys(group_row + kRows - 1),
                                       opaque_zero);
       }
-      release(barriers.KEmpty(stage));
-      if (tile + 1 == my_tiles) release(barriers.QEmpty(warpgroup));
+      ptx::BarrierArrive(barriers.KEmpty(stage));
+      if (tile + 1 == my_tiles) ptx::BarrierArrive(barriers.QEmpty(warpgroup));
       ptx::BarrierWait(v_full, v_parity);
       sums.Issue(p, v, tile);
       // Beneath PV.
@@ -272,12 +275,12 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work work
       sums.Retire(tile);
       release(barriers.VEmpty(stage));
     }
-    if (my_tiles == 0) release(barriers.QEmpty(warpgroup));
+    if (my_tiles == 0) ptx::BarrierArrive(barriers.QEmpty(warpgroup));
     // Tiles that only the other warpgroups see.
 #pragma unroll 1
     for (int tile = my_tiles; tile < tiles; ++tile, ring.Next()) {
       ptx::BarrierWait(barriers.KFull(ring.stage), ring.parity);
-      release(barriers.KEmpty(ring.stage));
+      ptx::BarrierArrive(barriers.KEmpty(ring.stage));
       ptx::BarrierWait(barriers.VFull(ring.stage), ring.parity);
       release(barriers.VEmpty(ring.stage));
     }
@@ -296,7 +299,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work work
         StoreTile<decltype(type)>(params, table, first_row, lane, output, o);
       });
     }
-    release(barriers.TableEmpty());
+    ptx::BarrierArrive(barriers.TableEmpty());
   }
 }
 
