@@ -30,8 +30,9 @@ Name = tuple[str, str]  # implementation and recipe
 Note = Callable[[str], None]
 
 OURS = "jax_sage"
-# Far above the error of any FP8 attention on these inputs (0.06), far below that of a wrong result.
-WRONG = 0.2
+# Above the error of any FP8 attention on these inputs, far below that of a wrong result (1.4).
+# cuDNN's is 0.06, and 0.23 at 32K tokens: its output is FP8 too, and most of it subnormal there.
+WRONG = 0.5
 
 
 @dataclasses.dataclass(frozen=True)

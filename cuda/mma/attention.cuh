@@ -223,8 +223,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
       reinterpret_cast<const uint8_t*>(params.k) + position.kv_head * params.padded_kv * kHeadDim;
   const uint8_t* v_global = static_cast<const uint8_t*>(params.v) +
                             position.kv_head * params.padded_kv * kHeadDim * Pv::kValueBytes;
-  const float* k_scale_global =
-      params.k_scale + position.kv_head * (params.padded_kv / kBlockKv) * kKeyScales;
+  // 32 bits, a register less: 2^32 blocks of K would be 16 TiB.
+  const unsigned first_block =
+      static_cast<unsigned>(position.kv_head) * (params.padded_kv / kBlockKv);
 
   auto load_kv = [&](int tile) {
     const uint32_t stage = stages + (tile % T::kStages) * T::kStageBytes;
@@ -233,7 +234,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
     LoadTile<T::kVRows, T::kVRowBytes, T::kThreads>(stage + T::kKBytes,
                                                     v_global + tile * v_tile_bytes, v_row_bytes);
     if (threadIdx.x == 0) {
-      ptx::CopyAsync16(stage + T::kKBytes + T::kVBytes, k_scale_global + tile * kKeyScales);
+      ptx::CopyAsync16(stage + T::kKBytes + T::kVBytes,
+                       params.k_scale + uint64_t{first_block + tile} * kKeyScales);
     }
     ptx::CopyAsyncCommit();
   };
