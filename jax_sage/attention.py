@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,16 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jax_sage import primitive
+from jax_sage.masking import Band, Masks
 from jax_sage.recipe import Recipe, resolve
 
-MAX_HEAD_DIM = 128
+MAX_HEAD_DIM = 256
 _DTYPES = ("float16", "bfloat16", "float32")
+_INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32")
+_ALIGNMENTS = ("top_left", "bottom_right")
+
+Window = int | tuple[int, int]
+Alignment = Literal["top_left", "bottom_right"]
 
 
 @overload
@@ -21,15 +27,18 @@ def attention(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
-    bias: None = ...,
-    mask: None = ...,
+    bias: ArrayLike | None = ...,
+    mask: ArrayLike | None = ...,
     *,
     scale: float | None = ...,
     is_causal: bool = ...,
-    query_seq_lengths: None = ...,
-    key_value_seq_lengths: None = ...,
-    local_window_size: None = ...,
+    query_seq_lengths: ArrayLike | None = ...,
+    key_value_seq_lengths: ArrayLike | None = ...,
+    local_window_size: Window | None = ...,
     return_residual: Literal[False] = ...,
+    query_segment_ids: ArrayLike | None = ...,
+    key_value_segment_ids: ArrayLike | None = ...,
+    causal_alignment: Alignment = ...,
     recipe: str | Recipe = ...,
 ) -> jax.Array: ...
 @overload
@@ -37,98 +46,137 @@ def attention(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
-    bias: None = ...,
-    mask: None = ...,
+    bias: ArrayLike | None = ...,
+    mask: ArrayLike | None = ...,
     *,
     scale: float | None = ...,
     is_causal: bool = ...,
-    query_seq_lengths: None = ...,
-    key_value_seq_lengths: None = ...,
-    local_window_size: None = ...,
+    query_seq_lengths: ArrayLike | None = ...,
+    key_value_seq_lengths: ArrayLike | None = ...,
+    local_window_size: Window | None = ...,
     return_residual: Literal[True],
+    query_segment_ids: ArrayLike | None = ...,
+    key_value_segment_ids: ArrayLike | None = ...,
+    causal_alignment: Alignment = ...,
     recipe: str | Recipe = ...,
 ) -> tuple[jax.Array, jax.Array]: ...
 def attention(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
-    bias: None = None,
-    mask: None = None,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
     *,
     scale: float | None = None,
     is_causal: bool = False,
-    query_seq_lengths: None = None,
-    key_value_seq_lengths: None = None,
-    local_window_size: None = None,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: Window | None = None,
     return_residual: bool = False,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    causal_alignment: Alignment = "top_left",
     recipe: str | Recipe = "8+8",
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Scaled dot-product attention in INT8 and FP8: SageAttention2++.
 
-    A replacement for :func:`jax.nn.dot_product_attention`, with the same layouts and defaults.
-    On an NVIDIA GPU with a kernel for the recipe it runs as CUDA; elsewhere the same numerics run
-    in plain JAX (:func:`jax_sage.info` says which, and why). Memory is proportional to the inputs:
-    nothing of size T·S is stored.
+    A replacement for :func:`jax.nn.dot_product_attention`, with the same layouts, arguments and
+    defaults. On an NVIDIA GPU with a kernel for the call it runs as CUDA; elsewhere the same
+    numerics run in plain JAX (:func:`jax_sage.info` says which, and why). Memory is proportional to
+    the inputs: nothing of size T·S is stored.
+
+    A query sees a key if everything that is given allows it. One that sees none gives output 0 and
+    lse -inf.
 
     Args:
       query: ``[*B, T, N, H]``, float16, bfloat16 or float32. ``*B`` is any number of batch
-        dimensions, none included. H from 1 to 128.
+        dimensions, none included. H from 1 to 256.
       key: ``[*B, S, K, H]``, the dtype of query. N is a multiple of K: query head n attends to
         head ``n // (N / K)`` of key and value (grouped-query and multi-query attention).
-      value: ``[*B, S, K, H]``, the dtype of query.
-      bias, mask: not there yet; anything but None raises. They are named so that a Flax module that
-        hands a mask to its attention function gets that error and not an unmasked result.
+      value: ``[*B, S, K, Hv]``, the dtype of query. Hv from 1 to 256, usually H.
+      bias: added to the scaled scores; float16, bfloat16 or float32, broadcastable to
+        ``[*B, N, T, S]``. Where it is -inf, or below -5.8e6 (2^23 in base 2), the key is not seen.
+      mask: bool, True where the key is seen; broadcastable to ``[*B, N, T, S]``.
       scale: multiplies the scores before softmax; a Python number. Default ``1 / sqrt(H)``.
-      is_causal: query t sees the keys 0..t only (aligned at the first token, whatever T and S).
-      query_seq_lengths, key_value_seq_lengths, local_window_size: not there yet; anything but None
-        raises.
+      is_causal: query t sees the keys 0..t only (see ``causal_alignment``).
+      query_seq_lengths: integers ``[*B]``: queries from this position on see nothing.
+      key_value_seq_lengths: integers ``[*B]``: keys from this position on are not seen.
+      local_window_size: ``(left, right)``: query t sees the keys t - left to t + right only. One
+        int stands for both.
       return_residual: also return the log-sum-exp of the scores.
+      query_segment_ids, key_value_segment_ids: integers ``[*B, T]`` and ``[*B, S]``, for several
+        sequences packed into one: a query sees the keys of its own segment. Each segment is
+        smoothed and scaled for itself.
+      causal_alignment: which query and key ``is_causal`` and ``local_window_size`` take as being
+        at the same position. ``"top_left"``: the first of each, as jax.nn does.
+        ``"bottom_right"``: the last of each, by the lengths where they are given; a query that
+        continues a longer key/value cache needs that.
       recipe: ``"8+8"`` (INT8 QKᵀ, E4M3 PV in FP16 accumulators added up in FP32: the fast one),
         ``"8+16"`` (INT8 QKᵀ, FP16 PV in FP32: the accurate one), or a :class:`jax_sage.Recipe`.
 
     Returns:
-      ``[*B, T, N, H]`` in the dtype of query; with ``return_residual``, a pair of that and
-      lse ``[*B, T, N]`` in float32, natural logarithm. A query that sees no key (S = 0) gives
-      output 0 and lse -inf. Values of the input that are not finite give NaN in the outputs that
-      attend to them and in no others; so does a query whose largest score, less its product with
-      the mean key, is beyond ±1.16e7 (2^24 in base 2), where FP32 cannot tell scores apart.
+      ``[*B, T, N, Hv]`` in the dtype of query; with ``return_residual``, a pair of that and
+      lse ``[*B, T, N]`` in float32, natural logarithm. Values of the input that are not finite give
+      NaN in the outputs that depend on them and in no others; so does a query whose largest score,
+      less its product with the mean key, is beyond ±1.16e7 (2^24 in base 2), where FP32 cannot tell
+      scores apart. What a query does not see has no influence on any bit of the result, unless
+      another query of the same batch entry and head sees it.
 
     Raises:
       TypeError: a dtype is not supported or differs between the arrays, or an option has the wrong
         type.
-      ValueError: shapes do not fit together, or the recipe is unknown.
-      NotImplementedError: an argument that is not there yet is given, or shapes are symbolic; and,
-        when it is differentiated: there is no derivative yet.
+      ValueError: shapes do not fit together, or an option has a value that is not allowed.
+      NotImplementedError: shapes are symbolic; and, when it is differentiated: there is no
+        derivative yet.
 
     Sources: SageAttention2++ (arXiv 2505.21136), SageAttention2 (2411.10958).
     """
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
-    absent = {
-        "bias": bias,
-        "mask": mask,
-        "query_seq_lengths": query_seq_lengths,
-        "key_value_seq_lengths": key_value_seq_lengths,
-        "local_window_size": local_window_size,
-    }
-    for name, argument in absent.items():
-        if argument is not None:
-            raise NotImplementedError(
-                f"jax_sage.attention has no {name} yet (is_causal=True is there); use "
-                "jax.nn.dot_product_attention for this call."
-            )
     chosen = resolve(recipe)
     _check_arrays(query, key, value)
     for name, flag in (("is_causal", is_causal), ("return_residual", return_residual)):
         if not isinstance(flag, bool | np.bool_):
             raise TypeError(f"{name} is {flag!r}; it must be a Python bool: it selects a kernel.")
     scale = _check_scale(scale, query.shape[-1])
+    *batch, length_q, heads, _ = query.shape
+    length_kv = key.shape[-3]
+    if (query_segment_ids is None) != (key_value_segment_ids is None):
+        raise ValueError(
+            "query_segment_ids and key_value_segment_ids belong together: one of them is not given."
+        )
+    scores = (*batch, heads, length_q, length_kv)
+    masks = Masks(
+        bias=_check_array("bias", bias, scores, "[*B, N, T, S]", _DTYPES),
+        mask=_check_array("mask", mask, scores, "[*B, N, T, S]", ("bool",)),
+        query_seq_lengths=_check_integers("query_seq_lengths", query_seq_lengths, batch),
+        key_value_seq_lengths=_check_integers(
+            "key_value_seq_lengths", key_value_seq_lengths, batch
+        ),
+        query_segment_ids=_check_integers(
+            "query_segment_ids", query_segment_ids, batch, T=length_q
+        ),
+        key_value_segment_ids=_check_integers(
+            "key_value_segment_ids", key_value_segment_ids, batch, S=length_kv
+        ),
+    )
+    if not isinstance(causal_alignment, str) or causal_alignment not in _ALIGNMENTS:
+        raise ValueError(f"causal_alignment is {causal_alignment!r}; allowed: {_ALIGNMENTS}.")
+    left, right = _check_window(local_window_size)
+    if is_causal:
+        right = 0
+    has_lengths = not (query_seq_lengths is None and key_value_seq_lengths is None)
+    band = Band(left, right, causal_alignment == "bottom_right").simplified(
+        length_q, length_kv, has_lengths=has_lengths
+    )
 
     out, lse = primitive.attention_p.bind(
         query,
         key,
         value,
+        *masks.arrays(),
+        given=masks.given(),
+        band=band,
         scale_log2=scale * math.log2(math.e),
-        is_causal=bool(is_causal),
         exact_lse=bool(return_residual),
         recipe=chosen,
     )
@@ -137,17 +185,13 @@ def attention(
 
 def _check_arrays(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
     shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
-    layout = "Expected query [*B, T, N, H], key and value [*B, S, K, H]"
+    layout = "Expected query [*B, T, N, H], key [*B, S, K, H] and value [*B, S, K, Hv]"
     for name, array in (("query", query), ("key", key), ("value", value)):
         if array.dtype.name not in _DTYPES:
             raise TypeError(
                 f"{name} is {array.dtype.name}; allowed: {', '.join(_DTYPES)}. Cast it first."
             )
-        if not all(isinstance(dim, int) for dim in array.shape):
-            raise NotImplementedError(
-                f"{name} has the symbolic shape {array.shape}; jax_sage.attention needs shapes of "
-                "numbers. Export for each shape."
-            )
+        _check_static(name, array)
         if array.ndim < 3:
             raise ValueError(f"{name} has rank {array.ndim}, at least 3 is needed. {layout}.")
     if not query.dtype == key.dtype == value.dtype:
@@ -155,19 +199,91 @@ def _check_arrays(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
             f"query, key and value are {query.dtype.name}, {key.dtype.name} and "
             f"{value.dtype.name}; they must be of one dtype. Cast them first."
         )
-    if key.shape != value.shape:
-        raise ValueError(f"key and value differ in shape: {shapes}. {layout}.")
+    if key.shape[:-1] != value.shape[:-1]:
+        raise ValueError(
+            f"key and value differ in batch dimensions, length or heads: {shapes}. {layout}."
+        )
     if query.shape[:-3] != key.shape[:-3]:
         raise ValueError(f"The batch dimensions differ: {shapes}. {layout}.")
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(f"The head dimensions H differ: {shapes}. {layout}.")
-    if not 1 <= query.shape[-1] <= MAX_HEAD_DIM:
-        raise ValueError(f"The head dimension is {query.shape[-1]}; allowed: 1 to {MAX_HEAD_DIM}.")
+    for array, what in ((query, "head dimension"), (value, "head dimension of value")):
+        if not 1 <= array.shape[-1] <= MAX_HEAD_DIM:
+            raise ValueError(f"The {what} is {array.shape[-1]}; allowed: 1 to {MAX_HEAD_DIM}.")
     heads, kv_heads = query.shape[-2], key.shape[-2]
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(
             f"{heads} query heads are not a multiple of {kv_heads} key/value heads: {shapes}."
         )
+
+
+def _check_static(name: str, array: jax.Array) -> None:
+    if not all(isinstance(dim, int) for dim in array.shape):
+        raise NotImplementedError(
+            f"{name} has the symbolic shape {array.shape}; jax_sage.attention needs shapes of "
+            "numbers. Export for each shape."
+        )
+
+
+def _check_array(
+    name: str,
+    given: ArrayLike | None,
+    shape: tuple[int, ...],
+    layout: str,
+    dtypes: tuple[str, ...],
+) -> jax.Array | None:
+    """The array with as many dimensions as `shape`, each that of `shape` or 1."""
+    if given is None:
+        return None
+    array = jnp.asarray(given)
+    _check_static(name, array)
+    if array.dtype.name not in dtypes:
+        advice = " A mask that is added belongs into bias." if name == "mask" else ""
+        raise TypeError(f"{name} is {array.dtype.name}; allowed: {', '.join(dtypes)}.{advice}")
+    dims = array.shape
+    while len(dims) > len(shape) and dims[0] == 1:  # [1, N, T, S] where there is no batch
+        dims = dims[1:]
+    dims = (1,) * (len(shape) - len(dims)) + dims
+    if len(dims) != len(shape) or any(d not in (1, s) for d, s in zip(dims, shape, strict=True)):
+        raise ValueError(
+            f"{name} {array.shape} does not broadcast to {layout} = {shape} of this call."
+        )
+    return array.reshape(dims)
+
+
+def _check_integers(
+    name: str, given: ArrayLike | None, batch: list[int], **tokens: int
+) -> jax.Array | None:
+    """As int32 [*B, tokens]; where there is no batch, one of 1 is accepted as in jax.nn."""
+    if given is None:
+        return None
+    array = jnp.asarray(given)
+    _check_static(name, array)
+    if array.dtype.name not in _INTEGERS:
+        raise TypeError(f"{name} is {array.dtype.name}; it must be int32.")
+    shape = (*batch, *tokens.values())
+    if array.shape != shape and not (not batch and array.shape == (1, *shape)):
+        layout = ", ".join(["*B", *tokens])
+        raise ValueError(f"{name} has the shape {array.shape}, expected [{layout}] = {shape}.")
+    return array.reshape(shape).astype(jnp.int32)
+
+
+def _check_window(window: Any) -> tuple[int | None, int | None]:
+    if window is None:
+        return None, None
+    sides = window if isinstance(window, tuple | list) else (window, window)
+    whole = all(
+        isinstance(x, numbers.Integral) and not isinstance(x, bool | np.bool_) for x in sides
+    )
+    if len(sides) != 2 or not whole:
+        raise TypeError(
+            f"local_window_size is {window!r}; it must be a Python int or a pair (left, right) of "
+            "them: it decides which keys are visited."
+        )
+    left, right = (int(x) for x in sides)
+    if min(left, right) < 0:
+        raise ValueError(f"local_window_size is {window!r}; it must not be negative.")
+    return left, right
 
 
 def _check_scale(scale: float | None, head_dim: int) -> float:

@@ -16,9 +16,12 @@ import numpy as np
 from jax.extend import source_info_util
 
 from jax_sage import kernels, portable
+from jax_sage.masking import Band, Masks
 from jax_sage.recipe import BLOCK_KV, Recipe
 
 BLOCK_Q = 128
+MAX_HEAD_DIM = 128
+CAUSAL = Band(right=0)
 # The sequence is cut into parts of this many tokens for the channel statistics: enough of them to
 # fill a GPU with one head, but no more than one CTA can put together in no time.
 _STATISTICS_TOKENS = 512
@@ -28,10 +31,11 @@ _MAX_PARTS = 256
 def attention(
     query: jax.Array,  # [*B, T, N, H]
     key: jax.Array,  # [*B, S, K, H]
-    value: jax.Array,  # [*B, S, K, H]
+    value: jax.Array,  # [*B, S, K, Hv]
+    masks: Masks = Masks(),  # noqa: B008 (immutable)
     *,
     scale_log2: float,
-    is_causal: bool,
+    band: Band,
     exact_lse: bool,
     recipe: Recipe,
     mma_sync: bool = False,
@@ -41,7 +45,7 @@ def attention(
     ``mma_sync`` asks for the mma.sync kernel, which runs on every GPU that there are kernels for,
     where the device has a faster one of its own: so one machine can test both.
     """
-    reason = kernels.why_unavailable(recipe)
+    reason = kernels.why_unavailable(recipe) or _not_in_kernels(query, value, masks, band)
     if reason is not None:
         # The stack is that of a compilation, which need not hold the call of jax_sage.attention.
         place = source_info_util.summarize(source_info_util.current())
@@ -52,8 +56,15 @@ def attention(
             stacklevel=1,
         )
         return portable.attention(
-            query, key, value, scale_log2=scale_log2, is_causal=is_causal, recipe=recipe
+            query, key, value, masks, scale_log2=scale_log2, band=band, recipe=recipe
         )
+    # Keys behind the last query are seen by none, and must not count in any statistics.
+    _, length_kv = band.reach(query.shape[-3], key.shape[-3])
+    if length_kv < key.shape[-3]:
+        key, value = key[..., :length_kv, :, :], value[..., :length_kv, :, :]
+    # One head dimension for all: zeros add nothing to scores, and what they give is cut off.
+    value_dim, head_dim = value.shape[-1], max(query.shape[-1], value.shape[-1])
+    query, key, value = (_pad_head_dim(x, head_dim) for x in (query, key, value))
     quantized = quantize(query, key, value, scale_log2=scale_log2, recipe=recipe)
     out, lse = jax.ffi.ffi_call(
         "jax_sage_attention",
@@ -63,13 +74,37 @@ def attention(
         ),
     )(
         *quantized,
-        length_kv=np.int64(key.shape[-3]),
-        is_causal=np.int64(is_causal),
+        length_kv=np.int64(length_kv),
+        is_causal=np.int64(band == CAUSAL),
         exact_lse=np.int64(exact_lse),
         pv_accumulator=np.int64({"fp16": 16, "fp32": 32}[recipe.pv_accumulator]),
         mma_sync=np.int64(mma_sync),
     )
-    return out, lse
+    return out if value_dim == head_dim else out[..., :value_dim], lse
+
+
+# What no kernel takes yet, in the terms of the public call.
+NOT_IN_KERNELS = (
+    "bias, mask, lengths, segment ids, windows, causal_alignment='bottom_right' with T != S, and "
+    f"head dimensions above {MAX_HEAD_DIM}"
+)
+
+
+def _not_in_kernels(query: jax.Array, value: jax.Array, masks: Masks, band: Band) -> str | None:
+    """Which part of a call has no kernel yet, or None."""
+    parts = list(masks.given())
+    if band not in (Band(), CAUSAL):
+        parts.append("a window" if band.left is not None else "this alignment")
+    head_dim = max(query.shape[-1], value.shape[-1])
+    if head_dim > MAX_HEAD_DIM:
+        parts.append(f"head dimension {head_dim}")
+    return f"there is no kernel for {', '.join(parts)} yet" if parts else None
+
+
+def _pad_head_dim(x: jax.Array, size: int) -> jax.Array:
+    if x.shape[-1] == size:
+        return x
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
 
 
 def quantize(

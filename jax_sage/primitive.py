@@ -1,8 +1,10 @@
 """The primitive ``sage_attention``: abstract evaluation, batching, differentiation, lowering.
 
-``attention_p.bind(q, k, v, scale_log2=, is_causal=, exact_lse=, recipe=)`` -> (out, lse), with the
-layouts of :func:`jax_sage.attention`. ``scale_log2`` is the softmax scale times log2(e). Without
-``exact_lse`` a kernel may take lse from the sum of the rounded P, which saves a pass over P.
+``attention_p.bind(q, k, v, *masks, given=, band=, scale_log2=, exact_lse=, recipe=)`` gives (out,
+lse), with the layouts of :func:`jax_sage.attention`. ``given`` names the arrays of
+:class:`jax_sage.masking.Masks` that ``masks`` holds, each with as many batch dimensions as query.
+``scale_log2`` is the softmax scale times log2(e). Without ``exact_lse`` a kernel may take lse from
+the sum of the rounded P, which saves a pass over P.
 """
 
 import functools
@@ -17,6 +19,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jax_sage import lowering_cuda, portable
+from jax_sage.masking import Band, Masks
 from jax_sage.recipe import Recipe
 
 # Warnings, profiles and the metadata of XLA then name the caller's line.
@@ -41,45 +44,52 @@ def _compiled(**params: Any) -> Any:
 def _abstract_eval(
     query: jax.core.ShapedArray,  # [*B, T, N, H]
     key: jax.core.ShapedArray,  # [*B, S, K, H]
-    value: jax.core.ShapedArray,  # [*B, S, K, H]
-    *,
+    value: jax.core.ShapedArray,  # [*B, S, K, Hv]
+    *masks: jax.core.ShapedArray,
+    given: tuple[str, ...],
+    band: Band,
     scale_log2: float,
-    is_causal: bool,
     exact_lse: bool,
     recipe: Recipe,
 ) -> tuple[jax.core.ShapedArray, jax.core.ShapedArray]:
-    del key, value, scale_log2, is_causal, exact_lse, recipe
-    return query.update(weak_type=False), query.update(
-        shape=query.shape[:-1], dtype=jnp.dtype(jnp.float32), weak_type=False
+    del key, masks, given, band, scale_log2, exact_lse, recipe
+    rows = query.shape[:-1]
+    return query.update(shape=(*rows, value.shape[-1]), weak_type=False), query.update(
+        shape=rows, dtype=jnp.dtype(jnp.float32), weak_type=False
     )
 
 
 def _batch(
-    operands: Sequence[jax.Array], axes: Sequence[int | None], **params: Any
+    operands: Sequence[jax.Array], axes: Sequence[int | None], *, band: Band, **params: Any
 ) -> tuple[Sequence[jax.Array], Sequence[int]]:
-    """The new axis becomes a leading batch dimension of all three."""
-    query_axis, *other_axes = axes
-    if query_axis is not None and other_axes == [None, None]:
-        return _batch_query(*operands, axis=query_axis, **params)
+    """The new axis becomes a leading batch dimension of all operands."""
+    if axes[0] is not None and len(operands) == 3 and tuple(axes[1:]) == (None, None):
+        return _batch_query(*operands, axis=axes[0], band=band, **params)
     size = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
-    moved = [batching.bdim_at_front(x, a, size) for x, a in zip(operands, axes, strict=True)]
-    return attention_p.bind(*moved, **params), (0, 0)
+    moved = []
+    for i, (x, axis) in enumerate(zip(operands, axes, strict=True)):
+        if i < 3:
+            moved.append(batching.bdim_at_front(x, axis, size))
+        else:  # masks may have a 1 for "all alike": nothing is copied
+            moved.append(x[None] if axis is None else jnp.moveaxis(x, axis, 0))
+    return attention_p.bind(*moved, band=band, **params), (0, 0)
 
 
 def _batch_query(
-    query: jax.Array, key: jax.Array, value: jax.Array, *, axis: int, is_causal: bool, **params: Any
+    query: jax.Array, key: jax.Array, value: jax.Array, *, axis: int, band: Band, **params: Any
 ) -> tuple[Sequence[jax.Array], Sequence[int]]:
-    """The query alone has the new axis: more tokens (or heads, if causal) see one key and value."""
-    if is_causal:  # [*B, T, N, axis, H]: a group of query heads is in one piece
+    """The query alone has the new axis: more tokens (or heads, in a band) see one key and value."""
+    if band == Band():  # [*B, axis, T, N, H]
+        place = first = query.ndim - 4
+    else:  # [*B, T, N, axis, H]: a group of query heads is in one piece
         place = query.ndim - 2
         first = place - 1
-    else:  # [*B, axis, T, N, H]
-        place = first = query.ndim - 4
     moved = jnp.moveaxis(query, axis, place)
     shape = moved.shape
     merged = moved.reshape(*shape[:first], shape[first] * shape[first + 1], *shape[first + 2 :])
-    out, lse = attention_p.bind(merged, key, value, is_causal=is_causal, **params)
-    return (out.reshape(shape), lse.reshape(shape[:-1])), (place, place)
+    out, lse = attention_p.bind(merged, key, value, band=band, **params)
+    out = out.reshape(*shape[:-1], out.shape[-1])
+    return (out, lse.reshape(shape[:-1])), (place, place)
 
 
 batching.primitive_batchers[attention_p] = _batch
@@ -90,7 +100,7 @@ def _jvp(primals: Sequence[jax.Array], tangents: Sequence[Any], **params: Any) -
     raise NotImplementedError(
         "jax_sage.attention cannot be differentiated yet: it has no derivative rule, and gives an "
         "error rather than a gradient of zero. Use jax.nn.dot_product_attention where you need "
-        "gradients, or jax.lax.stop_gradient on query, key and value where you do not."
+        "gradients, or jax.lax.stop_gradient on query, key and value (and bias) where you do not."
     )
 
 
@@ -98,18 +108,27 @@ ad.primitive_jvps[attention_p] = _jvp
 
 
 def _guarded(function: Callable[..., Sequence[jax.Array]]) -> Callable[..., Sequence[jax.Array]]:
-    """Neither implementation takes arrays of size 0: no query, or no key to see."""
+    """Puts the masks together. No implementation takes arrays of size 0: no query, or no key."""
 
-    def run(query: jax.Array, key: jax.Array, value: jax.Array, **params: Any) -> Sequence[Any]:
-        if query.size and key.size:
-            return function(query, key, value, **params)
-        out = jnp.zeros(query.shape, query.dtype)
+    def run(
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        *masks: jax.Array,
+        given: tuple[str, ...],
+        **params: Any,
+    ) -> Sequence[Any]:
+        if query.size and key.size and value.size:
+            return function(
+                query, key, value, Masks(**dict(zip(given, masks, strict=True))), **params
+            )
+        out = jnp.zeros((*query.shape[:-1], value.shape[-1]), query.dtype)
         return out, jnp.full(query.shape[:-1], -jnp.inf, jnp.float32)
 
     return run
 
 
-def _portable(*operands: jax.Array, exact_lse: bool, **params: Any) -> Sequence[jax.Array]:
+def _portable(*operands: Any, exact_lse: bool, **params: Any) -> Sequence[jax.Array]:
     del exact_lse  # always
     return portable.attention(*operands, **params)
 

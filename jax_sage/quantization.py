@@ -8,9 +8,13 @@ to {2j, 2j+1} modulo 8, j = 0..3. Those are the columns that one thread holds of
 ``mma.m16n8`` as well as of ``wgmma.m64nN``, so a thread multiplies its scores by one number per
 row. V: one scale per channel over the sequence.
 
+Keys that no query sees (``seen``) do not count: their codes are zero, and nothing depends on what
+they hold. Segments that do not see each other have statistics of their own: means, V's scales, and
+for K a power of two that brings every segment to the same size and goes into the scales of the
+segment's queries; so keys of two segments may share an INT8 scale.
+
 Inputs that are not finite cannot be quantized. In Q they make the scale of their token NaN; in K
-and V they are replaced by zero and the first position where one occurred is kept per channel
-(``first_bad``), so that the outputs that attend to it, and no others, are set to NaN.
+and V they are replaced by zero here, and the attention finds out who sees them.
 """
 
 from typing import NamedTuple
@@ -20,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_sage.masking import Segments
 from jax_sage.recipe import BLOCK_KV, V_MAX, Recipe
 
 INT8_MAX = 127.0
@@ -29,24 +34,24 @@ ABSMAX_FLOOR = 2.0**-100
 # A channel mean beyond this is not subtracted: x - mean could overflow.
 MEAN_MAX = 2.0**100
 DOWNSCALE = 2.0**-16  # of V in channels beyond 1
-NEVER = np.iinfo(np.int32).max  # first_bad of a channel that is finite everywhere
 
 _f32 = np.float32
 
 
 class Quantized(NamedTuple):
-    """Q, K and V as the attention reads them. S is padded to Sp, a multiple of 64, by zeros."""
+    """Q, K and V as the attention reads them. S is padded to Sp, a multiple of 64, by zeros.
+
+    U is 1, or S if there are segments: a table of theirs, see :class:`jax_sage.masking.Segments`.
+    """
 
     q: jax.Array  # int8 [*B, N, T, H]
     q_scale: jax.Array  # float32 [*B, N, T], times |softmax scale| * log2(e)
     q_dot_mean: jax.Array  # float32 [*B, N, T], q·k̄ * softmax scale * log2(e)
     k: jax.Array  # int8 [*B, K, Sp, H]
     k_scale: jax.Array  # float32 [*B, K, Sp/64, 4]
-    v: jax.Array  # float8_e4m3fn or float16 [*B, K, Sp, H]
-    v_scale: jax.Array  # float32 [*B, K, H]
-    v_offset: jax.Array  # float32 [*B, K, H], added to the output
-    first_bad: jax.Array  # int32 [*B, K, H], first key whose K, or V in this channel, is not finite
-    first_bad_k: jax.Array  # int32 [*B, K], the same of K alone
+    v: jax.Array  # float8_e4m3fn or float16 [*B, K, Sp, Hv]
+    v_scale: jax.Array  # float32 [*B, K, U, Hv]
+    v_offset: jax.Array  # float32 [*B, K, U, Hv], added to the output
 
 
 def round_to(x: jax.Array, mantissa_bits: int, min_exponent: int) -> jax.Array:
@@ -79,16 +84,34 @@ def _finite_or_zero(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), x, _f32(0))
 
 
-def _mean(x: jax.Array, length: int) -> jax.Array:
-    """Mean over tokens of [*B, K, S, H] in float32; 0 where it is too large to be subtracted."""
-    mean = jnp.sum(x, axis=-2) * _f32(1 / length)
+def _total(x: jax.Array, segments: Segments | None) -> jax.Array:
+    """Sum over the tokens of [*B, K, S, C], or over those of each segment: [*B, K, U, C]."""
+    if segments is None:
+        return jnp.sum(x, axis=-2, keepdims=True)
+    return segments.table(x, jnp.add)
+
+
+def _absmax(x: jax.Array, segments: Segments | None) -> jax.Array:
+    """As _total: the largest absolute value of each channel."""
+    if segments is None:
+        return jnp.max(jnp.abs(x), axis=-2, keepdims=True)
+    return segments.table(jnp.abs(x), jnp.maximum)
+
+
+def look_up(table: jax.Array, index: jax.Array | None) -> jax.Array:
+    """From a table [*B, K, U, C] what each token needs, [*B, K, tokens, C], or of all: [.., 1, C].
+
+    The index is [*B, tokens].
+    """
+    if index is None:
+        return table
+    return jnp.take_along_axis(table, index[..., None, :, None], axis=-2)
+
+
+def _mean(total: jax.Array, one_over_count: jax.Array | np.float32) -> jax.Array:
+    """0 where it is too large to be subtracted."""
+    mean = total * one_over_count
     return jnp.where(jnp.abs(mean) <= _f32(MEAN_MAX), mean, _f32(0))
-
-
-def _first_bad(x: jax.Array) -> jax.Array:
-    """First token of [..., S, C] where a channel is not finite: int32 [..., C]."""
-    position = jnp.arange(x.shape[-2], dtype=jnp.int32)[:, None]
-    return jnp.min(jnp.where(jnp.isfinite(x), np.int32(NEVER), position), axis=-2)
 
 
 def quantize_query(
@@ -107,34 +130,33 @@ def quantize_query(
 
 
 def quantize_key(
-    k: jax.Array,  # float32 [*B, K, S, H], finite
-    k_mean: jax.Array,  # float32 [*B, K, H]
+    centered: jax.Array,  # float32 [*B, K, S, H], finite, k - k̄
 ) -> tuple[jax.Array, jax.Array]:
-    """INT8 codes [*B, K, Sp, H] of k - k̄, and scales [*B, K, Sp/64, 4]."""
-    *lead, length, head_dim = k.shape
-    centered = _pad_tokens(k - k_mean[..., None, :])
-    blocks = centered.shape[-2] // BLOCK_KV
-    grouped = centered.reshape(*lead, blocks, BLOCK_KV // 8, 4, 2, head_dim)
+    """INT8 codes [*B, K, Sp, H], and scales [*B, K, Sp/64, 4]."""
+    *lead, _, head_dim = centered.shape
+    padded = _pad_tokens(centered)
+    blocks = padded.shape[-2] // BLOCK_KV
+    grouped = padded.reshape(*lead, blocks, BLOCK_KV // 8, 4, 2, head_dim)
     absmax = jnp.max(jnp.abs(grouped), axis=(-4, -2, -1))
     absmax = jnp.maximum(absmax, _f32(ABSMAX_FLOOR))
     inverse = (_f32(INT8_MAX) / absmax)[..., None, :, None, None]
-    codes = jnp.round(grouped * inverse).astype(jnp.int8).reshape(centered.shape)
+    codes = jnp.round(grouped * inverse).astype(jnp.int8).reshape(padded.shape)
     return codes, absmax * _f32(1 / INT8_MAX)
 
 
 def quantize_value(
-    v: jax.Array,  # float32 [*B, K, S, H], finite
-    v_mean: jax.Array,  # float32 [*B, K, H]
+    centered: jax.Array,  # float32 [*B, K, S, Hv], finite, v - v̄
+    segments: Segments | None,
     recipe: Recipe,
 ) -> tuple[jax.Array, jax.Array]:
-    """Codes [*B, K, Sp, H] of v - v̄ with absolute maximum V_MAX, and scales [*B, K, H]."""
-    centered = v - v_mean[..., None, :]
-    absmax = jnp.maximum(jnp.max(jnp.abs(centered), axis=-2), _f32(ABSMAX_FLOOR))
+    """Codes [*B, K, Sp, Hv] with absolute maximum V_MAX, and scales [*B, K, U, Hv]."""
+    absmax = jnp.maximum(_absmax(centered, segments), _f32(ABSMAX_FLOOR))
     # V_MAX / absmax may be below the smallest normal number, which XLA flushes to 0: large channels
     # are first scaled down by a power of two.
     down = jnp.where(absmax > 1, _f32(DOWNSCALE), _f32(1))
     inverse = _f32(V_MAX) / (absmax * down)
-    scaled = _pad_tokens(centered * down[..., None, :] * inverse[..., None, :])
+    index = None if segments is None else segments.key_index
+    scaled = _pad_tokens(centered * look_up(down, index) * look_up(inverse, index))
     if recipe.pv == "fp8":
         codes = round_e4m3(scaled).astype(jnp.float8_e4m3fn)
     else:
@@ -145,39 +167,69 @@ def quantize_value(
 def quantize(
     query: jax.Array,  # [*B, T, N, H]
     key: jax.Array,  # [*B, S, K, H]
-    value: jax.Array,  # [*B, S, K, H]
+    value: jax.Array,  # [*B, S, K, Hv]
     *,
     scale_log2: float,  # softmax scale * log2(e)
     recipe: Recipe,
+    seen: jax.Array | None = None,  # bool [*B, K, S] or with ones; None: all
+    segments: Segments | None = None,
 ) -> Quantized:
     q, k, v = (jnp.swapaxes(x, -2, -3).astype(jnp.float32) for x in (query, key, value))
-    length = k.shape[-2]
-    bad_k = jnp.min(_first_bad(k), axis=-1)
-    first_bad = jnp.minimum(_first_bad(v), bad_k[..., None])
+    *batch, kv_heads, length, head_dim = k.shape
     k, v = _finite_or_zero(k), _finite_or_zero(v)
+    one_over_count: jax.Array | np.float32
+    if seen is None and segments is None:
+        one_over_count = _f32(1 / length)
+    else:
+        counted = jnp.ones_like(k[..., :1]) if seen is None else seen[..., None]
+        counted = jnp.broadcast_to(counted.astype(jnp.float32), (*batch, kv_heads, length, 1))
+        one_over_count = _f32(1) / jnp.maximum(_total(counted, segments), _f32(1))
+
+    def only_seen(x: jax.Array) -> jax.Array:
+        return x if seen is None else jnp.where(seen[..., None], x, _f32(0))
+
+    key_index = query_index = None
+    if segments is not None:
+        key_index, query_index = segments.key_index, segments.query_index
 
     # The means are rounded to bfloat16: any constant is exact, and rounding hides the order of the
     # sum, on which a kernel and this code differ.
-    k_mean = _round_bf16(_mean(k, length)) if recipe.smooth_k else jnp.zeros_like(k[..., 0, :])
-    v_average = _mean(v, length)
-    v_mean = _round_bf16(v_average) if recipe.smooth_v else jnp.zeros_like(v_average)
+    q_dot_mean = jnp.zeros(q.shape[:-1], jnp.float32)
+    v_average: jax.Array | None = None
+    if recipe.smooth_k:
+        k_mean = _round_bf16(_mean(_total(only_seen(k), segments), one_over_count))
+        grouped_q = q.reshape(*batch, kv_heads, -1, *q.shape[-2:])
+        means = look_up(k_mean, query_index)  # [*B, K, T or 1, H]
+        form = "...kgth,...kh->...kgt" if segments is None else "...kgth,...kth->...kgt"
+        q_dot_mean = jnp.einsum(
+            form,
+            grouped_q,
+            means[..., 0, :] if segments is None else means,
+            precision=lax.Precision.HIGHEST,
+        ).reshape(q.shape[:-1])
+        k = k - look_up(k_mean, key_index)
+    if recipe.smooth_v:
+        v_average = _mean(_total(only_seen(v), segments), one_over_count)
+        v = v - look_up(_round_bf16(v_average), key_index)
+    k, v = only_seen(k), only_seen(v)
 
     q_codes, q_scale = quantize_query(q, scale_log2)
-    k_codes, k_scale = quantize_key(k, k_mean)
-    v_codes, v_scale = quantize_value(v, v_mean, recipe)
-
-    *batch, kv_heads, _, head_dim = k.shape
-    grouped_q = q.reshape(*batch, kv_heads, -1, q.shape[-2], head_dim)
-    q_dot_mean = jnp.einsum(
-        "...kgth,...kh->...kgt", grouped_q, k_mean, precision=lax.Precision.HIGHEST
-    ).reshape(q_scale.shape)
+    if segments is not None:
+        size = _power_of_two(jnp.max(_absmax(k, segments), axis=-1, keepdims=True))
+        k = k / look_up(size, key_index)
+        of_query = jnp.swapaxes(look_up(size, query_index), -1, -2)  # [*B, K, 1, T]
+        shape = (*batch, kv_heads, -1, q.shape[-2])
+        q_scale = (q_scale.reshape(shape) * of_query).reshape(q_scale.shape)
+    k_codes, k_scale = quantize_key(k)
+    v_codes, v_scale = quantize_value(v, segments, recipe)
 
     # Restoring mean(V) - mean(dequantized V), not v̄, cancels the rounding errors of V as far as
     # the attention is uniform: -12 % error on normal inputs, for one integer sum per channel.
     # Where the average is 0 (or was too large to subtract), nothing was taken from V.
-    v_offset = v_mean
-    if recipe.smooth_v:
-        code_mean = jnp.sum(v_codes.astype(jnp.float32), axis=-2) * _f32(1 / length)
+    v_offset = jnp.zeros_like(v_scale)
+    if v_average is not None:
+        codes = v_codes[..., :length, :].astype(jnp.float32)
+        code_mean = _total(codes, segments) * one_over_count
         v_offset = jnp.where(v_average == 0, _f32(0), v_average - v_scale * code_mean)
 
     return Quantized(
@@ -189,9 +241,13 @@ def quantize(
         v_codes,
         v_scale,
         v_offset,
-        first_bad,
-        bad_k,
     )
+
+
+def _power_of_two(x: jax.Array) -> jax.Array:
+    """The largest power of two up to x, from ABSMAX_FLOOR on."""
+    bits = lax.bitcast_convert_type(jnp.maximum(x, _f32(ABSMAX_FLOOR)), jnp.int32)
+    return lax.bitcast_convert_type(bits & np.int32(0x7F800000), jnp.float32)
 
 
 def _pad_tokens(x: jax.Array) -> jax.Array:

@@ -78,7 +78,7 @@ def inputs(kind, query_shape, key_shape, dtype="float32", seed=0, rounded=True):
 class Reference:
     """Exact attention, and the error that quantization may make at each place."""
 
-    out: np.ndarray  # [*B, T, N, H]
+    out: np.ndarray  # [*B, T, N, Hv]
     lse: np.ndarray  # [*B, T, N]
     worst_out: np.ndarray  # a bound, before rounding to the output's dtype
     worst_lse: np.ndarray  # a bound
@@ -87,9 +87,9 @@ class Reference:
     largest: np.ndarray  # a bound of the largest w |v - out|
 
 
-def attention(q, k, v, *, scale=None, is_causal=False):
-    """out [*B, T, N, H] and lse [*B, T, N] in float64."""
-    x = analyse(q, k, v, scale=scale, is_causal=is_causal)
+def attention(q, k, v, **options):
+    """out [*B, T, N, Hv] and lse [*B, T, N] in float64; options as for jax_sage.attention."""
+    x = analyse(q, k, v, **options)
     return x.out, x.lse
 
 
@@ -103,56 +103,138 @@ def outputs(q, k, v, rows):
     return np.moveaxis(weights @ v / weights.sum(-1, keepdims=True), -2, -3)
 
 
-def analyse(q, k, v, *, scale=None, is_causal=False, pv="fp8", rows=None) -> Reference:
+def what_is_seen(
+    batch,
+    heads,
+    length_q,
+    length_kv,
+    *,
+    bias=None,
+    mask=None,
+    is_causal=False,
+    query_seq_lengths=None,
+    key_value_seq_lengths=None,
+    local_window_size=None,
+    query_segment_ids=None,
+    key_value_segment_ids=None,
+    causal_alignment="top_left",
+):
+    """Whether a query sees a key: bool [*B, N, T, S], by the definitions of each argument."""
+    rows, columns = np.arange(length_q)[:, None], np.arange(length_kv)
+
+    def lengths(given, whole):
+        given = np.full(batch, whole) if given is None else np.asarray(given).reshape(batch)
+        return given[..., None, None, None]
+
+    q_len, kv_len = lengths(query_seq_lengths, length_q), lengths(key_value_seq_lengths, length_kv)
+    visible = np.ones((*batch, heads, length_q, length_kv), bool)
+    visible &= (rows < q_len) & (columns < kv_len)
+    at = rows + (kv_len - q_len) * (causal_alignment == "bottom_right")
+    if is_causal:
+        visible &= columns <= at
+    if local_window_size is not None:
+        window = np.broadcast_to(local_window_size, 2)
+        visible &= (columns >= at - window[0]) & (columns <= at + window[1])
+    if mask is not None:
+        visible &= np.asarray(mask)
+    if query_segment_ids is not None:
+        query_ids = np.asarray(query_segment_ids)[..., None, :, None]
+        visible &= query_ids == np.asarray(key_value_segment_ids)[..., None, None, :]
+    if bias is not None:
+        visible &= ~(np.asarray(bias).astype(np.float64) * math.log2(math.e) <= -(2.0**23))
+    return visible
+
+
+def analyse(q, k, v, *, scale=None, pv="fp8", rows=None, **masks) -> Reference:
     """`rows`: only these queries (an index array); the results then have len(rows) of them."""
     q, k, v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
-    rows = np.arange(q.shape[-3]) if rows is None else np.asarray(rows)
-    q = q[..., rows, :, :]
     *batch, length_q, heads, head_dim = q.shape
     length_kv, kv_heads = k.shape[-3:-1]
+    rows = np.arange(length_q) if rows is None else np.asarray(rows)
     scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
+    visible = what_is_seen(batch, heads, length_q, length_kv, **masks)
+    bias = masks.get("bias")
+    if bias is not None:
+        bias = np.broadcast_to(np.asarray(bias).astype(np.float64), visible.shape)
+        bias = np.where(visible, bias, 0)[..., rows, :]
     if length_kv == 0:
-        zero, nothing = np.zeros(q.shape), np.zeros(q.shape[:-1])
+        shape = (*batch, len(rows), heads, v.shape[-1])
+        zero, nothing = np.zeros(shape), np.zeros(shape[:-1])
         return Reference(zero, nothing - np.inf, zero, nothing, zero, zero, zero)
+    group = heads // kv_heads
+    seen = visible.reshape(*batch, kv_heads, group, length_q, length_kv).any((-3, -2))
+    arguments = q[..., rows, :, :], k, v, scale, pv, visible[..., rows, :], bias
+
+    query_ids, key_ids = masks.get("query_segment_ids"), masks.get("key_value_segment_ids")
+    if query_ids is None:
+        return _analyse(*arguments, seen)
+    # Each segment has statistics of its own. Keys of two segments may share a scale, after they
+    # were brought to the same size but for a factor of 2.
+    query_ids, key_ids = np.asarray(query_ids)[..., rows], np.asarray(key_ids)
+    merged = None
+    for segment in np.unique(query_ids):
+        x = _analyse(*arguments, seen & (key_ids == segment)[..., None, :], coarser=2)
+        merged = x if merged is None else merged
+        of_segment = (query_ids == segment)[..., None]
+        for name, array in vars(x).items():
+            where = of_segment if array.ndim == of_segment.ndim else of_segment[..., None]
+            setattr(merged, name, np.where(where, array, getattr(merged, name)))
+    return merged
+
+
+def _analyse(q, k, v, scale, pv, visible, bias, seen, coarser=1) -> Reference:
+    """visible and bias (or None) are [*B, N, T, S]; seen, the keys of the means, is [*B, K, S]."""
+    *batch, length_q, heads, head_dim = q.shape
+    length_kv, kv_heads = k.shape[-3:-1]
+    shape = (*batch, kv_heads, heads // kv_heads, length_q)
 
     def tokens(x):  # [*B, K, G, T, ...] -> [*B, T, N, ...]
         x = x.reshape(*batch, heads, length_q, *x.shape[len(batch) + 3 :])
         return np.moveaxis(x, len(batch), len(batch) + 1)
 
-    # [*B, K, G, T, H], [*B, K, 1, S, H]
-    q = np.moveaxis(q, -3, -2).reshape(*batch, kv_heads, heads // kv_heads, length_q, head_dim)
+    # [*B, K, G, T, H], [*B, K, 1, S, H]; what no query sees counts nowhere
+    q = np.moveaxis(q, -3, -2).reshape(*shape, head_dim)
+    seen = seen[..., None, :, None]
     k, v = (np.moveaxis(x, -3, -2)[..., None, :, :] for x in (k, v))
-    visible = np.ones((length_q, length_kv), bool)
-    if is_causal:
-        visible = np.arange(length_kv) <= rows[:, None]
+    k, v = np.where(seen, k, 0), np.where(seen, v, 0)
+    visible = visible.reshape(*shape, length_kv)
+    number = np.maximum(seen.sum(-2, keepdims=True), 1)
 
     with np.errstate(over="ignore", invalid="ignore"):
         scores = q @ np.swapaxes(k, -1, -2)
         scores *= scale
+        largest_bias = 0.0
+        if bias is not None:
+            bias = bias.reshape(*shape, length_kv)
+            scores += bias
+            largest_bias = np.abs(bias).max(-1)
         np.copyto(scores, -np.inf, where=~visible)
         top = scores.max(-1, keepdims=True)
-        weights = np.exp(scores - top)
+        blind = np.isneginf(top)
+        weights = np.exp(scores - np.where(blind, 0, top))
         total = weights.sum(-1, keepdims=True)
-        weights /= total
+        weights /= np.where(blind, 1, total)
         out = weights @ v
-        lse = (top + np.log(total))[..., 0]
+        lse = (top + np.log(np.where(blind, 1, total)))[..., 0]
 
-        k_mean, v_mean = k.mean(-2, keepdims=True), v.mean(-2, keepdims=True)
-        deviation = np.abs(k - bf16(k_mean))
-        spread = np.abs(v - v_mean) + 2.0**-8 * np.abs(v_mean)  # its mean is rounded to bfloat16
+        k_mean, v_mean = (x.sum(-2, keepdims=True) / number for x in (k, v))
+        deviation = np.abs(k - bf16(k_mean)) * seen
+        # its mean is rounded to bfloat16
+        spread = (np.abs(v - v_mean) + 2.0**-8 * np.abs(v_mean)) * seen
 
         # A score: q and k' = k - k̄ are off by at most half a step in each channel, and
         # q·k̄ (for lse) and the score itself by FP32 roundings.
         q_step = np.abs(q).max(-1) / 127  # [*B, K, G, T]
         k_step = (deviation.max((-1, -2)) + 2.0**-8 * np.abs(k_mean).max((-1, -2)))[..., None] / 127
+        k_step = k_step * coarser
         in_score = abs(scale) * (
             q_step / 2 * deviation.sum(-1).max(-1)[..., None]
             + k_step / 2 * (np.abs(q).sum(-1) + head_dim * q_step / 2)
             + 2.0**-18 * (np.abs(q) * np.abs(k).max(-2, keepdims=True)).sum(-1)
         )
-        in_score = in_score + 2.0**-18
+        in_score = in_score + 2.0**-18 + 2.0**-18 * largest_bias
         # lse moves by no more than the largest change of a score.
-        worst_lse = in_score + 2.0**-18 * np.abs(lse)
+        worst_lse = in_score + 2.0**-18 * np.abs(np.where(np.isinf(lse), 0, lse))
 
         # An output is sum(w' v') / sum(w'), w' = w e^(error of the score) (1 + rounding of P). As
         # sum(w (v - out)) = 0, the errors of w count only times v - out.
@@ -162,13 +244,13 @@ def analyse(q, k, v, *, scale=None, is_causal=False, pv="fp8", rows=None) -> Ref
         below = np.exp(-in_score) * (1 - relative)
         # sum(w |v - out|) <= sum(w |v - v̄|) + |v̄ - out|
         around = weights @ spread + np.abs(out - v_mean)
-        count = visible.sum(-1)[:, None]
+        count = visible.sum(-1)[..., None]
         around_all = (visible @ spread) + count * np.abs(out - v_mean)
         in_weights = (above - 1) / below * around + subnormal / _P_MIN_TOP / below * around_all
         # V: the rounding of codes, once in the sum and once in the mean that is put back.
         step = spread.max(-2, keepdims=True) * subnormal / _V_MAX
         in_v = above / below * (relative * (weights @ spread) + step)
-        in_v = in_v + relative * spread.mean(-2, keepdims=True) + step
+        in_v = in_v + relative * spread.sum(-2, keepdims=True) / number + step
         # FP16 partial sums over 64 (Hopper: 128) keys: at most four roundings of 2^-11, for output
         # and row sum.
         in_sums = 2.0**-8 * above / below * (weights @ spread + step)
@@ -210,10 +292,10 @@ def assert_accurate(out, lse, expected: Reference, *, pv="fp8", kind="normal"):
     lse = np.asarray(lse).astype(np.float64)
     nothing = np.isneginf(expected.lse)
     np.testing.assert_array_equal(np.isneginf(lse), nothing)
-    error = np.abs(lse - expected.lse)[~nothing]
+    error = np.abs(lse[~nothing] - expected.lse[~nothing])
     assert not np.isnan(error).any(), f"{np.isnan(error).sum()} lse are NaN"
     assert np.all(error <= expected.worst_lse[~nothing]), f"lse is off by {error.max()}"
-    if enough:
+    if enough and error.size:
         assert error.mean() <= _TYPICAL_LSE[tails]
 
 

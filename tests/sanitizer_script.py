@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_sage import RECIPES, lowering_cuda
+from jax_sage.masking import Band
 
 CASES = [
     # (batch, T, S, N, K, H, dtype, recipe, is_causal)
@@ -37,7 +38,7 @@ def run(
     attention = functools.partial(
         lowering_cuda.attention,
         scale_log2=0.1,
-        is_causal=is_causal,
+        band=Band(right=0) if is_causal else Band(),
         exact_lse=False,
         recipe=RECIPES[recipe],
         mma_sync=mma_sync,

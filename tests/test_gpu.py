@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from mask_suite import MaskSuite
 from suite import BOTH_MASKS, MORE_RECIPES, NAMED, AttentionSuite, attention, check, pv_of
 
 import jax_sage
 from jax_sage import kernels, lowering_cuda, portable, quantization
+from jax_sage.masking import Band
 from jax_sage.recipe import BLOCK_KV, RECIPES, resolve
 
 pytestmark = pytest.mark.gpu
@@ -50,6 +52,11 @@ class TestGpu(AttentionSuite):
     """The common tests."""
 
 
+@pytest.mark.filterwarnings("ignore::jax_sage.kernels.PortableWarning")
+class TestMasksOnGpu(MaskSuite):
+    """The common tests of masks, for which there are no kernels yet."""
+
+
 def exact_sums(x):
     """Multiples of 1/16 up to 64: the FP32 sum of 16K of them is exact in any order."""
     return (np.round(np.clip(x.astype(np.float64), -64, 64) * 16) / 16).astype(x.dtype)
@@ -79,6 +86,10 @@ def scale_log2(q, scale=None):
     return (1 / math.sqrt(q.shape[-1]) if scale is None else scale) * math.log2(math.e)
 
 
+def band(is_causal):
+    return Band(right=0) if is_causal else Band()
+
+
 def assert_near_portable(q, k, v, *, recipe, is_causal=False, mma_sync=False):
     """As close as the order of sums allows, on data whose codes and scales are bitwise equal.
 
@@ -98,7 +109,7 @@ def assert_near_portable(q, k, v, *, recipe, is_causal=False, mma_sync=False):
     flips of 2^-3 in 2e-5 of the elements add 2^-3 sqrt(2e-5) = 5.6e-4. Together 1.3e-3, to be
     compared with quantization's 3e-2.
     """
-    params = {"scale_log2": scale_log2(q), "is_causal": is_causal, "recipe": resolve(recipe)}
+    params = {"scale_log2": scale_log2(q), "band": band(is_causal), "recipe": resolve(recipe)}
     run = jitted(lowering_cuda.attention, **params, exact_lse=True, mma_sync=mma_sync)
     out, lse = (np.asarray(x) for x in run(q, k, v))
     run = jitted(portable.attention, **params)
@@ -143,7 +154,7 @@ def test_not_finite_is_as_in_portable(is_causal, mma_sync):
     """NaN in the outputs that attend to it and in no others."""
     q, k, v = inputs("normal", (2, 130, 4, 64), (2, 200, 2, 64))
     q[0, 67, 2, 5], k[1, 90, 1, 5], v[0, 100, 0, 7] = np.nan, np.inf, -np.inf
-    params = {"scale_log2": scale_log2(q), "is_causal": is_causal, "recipe": RECIPES["8+8"]}
+    params = {"scale_log2": scale_log2(q), "band": band(is_causal), "recipe": RECIPES["8+8"]}
     run = jitted(lowering_cuda.attention, **params, exact_lse=True, mma_sync=mma_sync)
     expected = on_cpu(jitted(portable.attention, **params), q, k, v)
     for x, y in zip(run(q, k, v), expected, strict=True):
@@ -206,6 +217,13 @@ def portable_codes(q, k, v, recipe):
     run = jax.jit(functools.partial(quantization.quantize, scale_log2=scale_log2(q), recipe=recipe))
     result = {name: np.asarray(x) for name, x in on_cpu(run, q, k, v)._asdict().items()}
     result["v"] = result["v"].astype(np.float32)
+    result["v_scale"], result["v_offset"] = (result[n][..., 0, :] for n in ("v_scale", "v_offset"))
+    # Of the first key, by head, that is not finite; and of the first value or key, by channel.
+    bad_k, bad_v = (np.moveaxis(~np.isfinite(x), -3, -2) for x in (k, v))
+    bad_k = bad_k.any(-1, keepdims=True)
+    for name, bad in (("first_bad_k", bad_k), ("first_bad", bad_v | bad_k)):
+        first = np.where(bad.any(-2), bad.argmax(-2), np.iinfo(np.int32).max)
+        result[name] = first[..., 0] if name == "first_bad_k" else first
     return result
 
 

@@ -15,6 +15,7 @@ import pytest
 
 import jax_sage
 from jax_sage import RECIPES, Recipe, kernels, lowering_cuda
+from jax_sage.masking import Band
 
 needs_module = pytest.mark.skipif(
     kernels.module() is None, reason="jax_sage is installed without CUDA kernels"
@@ -65,7 +66,7 @@ def attribute(line: str, name: str):
 @needs_module
 def test_two_custom_calls_and_nothing_else():
     """The standard layout goes in and out as it is: no transpose, copy, pad or reshape."""
-    text = lower((2, 300, 8, 128), (2, 400, 2, 128), is_causal=True)
+    text = lower((2, 300, 8, 128), (2, 250, 2, 128), is_causal=True)
     assert set(operations(text)) == {"custom_call"}
     assert list(custom_calls(text)) == ["jax_sage_quantize", "jax_sage_attention"]
     for line in custom_calls(text).values():
@@ -120,7 +121,7 @@ def test_the_lowering_can_ask_for_mma_sync(recipe):
     f = functools.partial(
         lowering_cuda.attention,
         scale_log2=0.2,
-        is_causal=False,
+        band=Band(),
         exact_lse=True,
         recipe=RECIPES[recipe],
         mma_sync=True,
@@ -188,7 +189,7 @@ def test_vmap_is_a_batch_dimension():
     ("is_causal", "folded"), [(False, (3, 500, 4, 64)), (True, (3, 100, 20, 64))]
 )
 def test_vmap_of_queries_does_not_copy_keys(is_causal, folded):
-    key = (3, 200, 2, 64)
+    key = (3, 100, 2, 64)
     q, k = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((5, 3, 100, 4, 64), key))
     f = functools.partial(jax_sage.attention, is_causal=is_causal)
     traced = jax.jit(jax.vmap(f, (0, None, None))).trace(q, k, k)
@@ -227,6 +228,78 @@ def test_the_warning_names_the_line_that_calls_attention(monkeypatch):
     line = model.__code__.co_firstlineno + 1
     with pytest.warns(kernels.PortableWarning, match=rf"called at \S+test_lowering\.py:{line}\b"):
         traced.lower(lowering_platforms=("cuda",))
+
+
+NOT_IN_KERNELS = {
+    "bias": {"bias": np.zeros((1, 1, 1, 100), np.float32)},
+    "mask": {"mask": np.ones((2, 100, 100), bool)},
+    "query_seq_lengths": {"query_seq_lengths": np.array([7])},
+    "key_value_segment_ids": {
+        "query_segment_ids": np.zeros((1, 100), np.int32),
+        "key_value_segment_ids": np.zeros((1, 100), np.int32),
+    },
+    "a window": {"local_window_size": 9},
+    "this alignment": {"causal_alignment": "bottom_right", "is_causal": True},
+}
+
+
+@needs_module
+@pytest.mark.parametrize("name", NOT_IN_KERNELS)
+def test_what_kernels_do_not_take_is_lowered_to_portable_with_a_warning(name):
+    key = (1, 130, 2, 40) if name == "this alignment" else (1, 100, 2, 40)
+    message = f"portable JAX.*there is no kernel for .*{name}"
+    with pytest.warns(kernels.PortableWarning, match=message):
+        text = lower((1, 100, 2, 40), key, **NOT_IN_KERNELS[name])
+    assert "stablehlo.while" in text
+    assert custom_calls(text) == {}
+
+
+@needs_module
+def test_no_kernel_for_large_head_dimensions_yet():
+    with pytest.warns(
+        kernels.PortableWarning, match="there is no kernel for head dimension 192 yet"
+    ):
+        assert custom_calls(lower((1, 100, 2, 192))) == {}
+
+
+@needs_module
+@pytest.mark.parametrize(
+    ("query", "key", "options", "is_causal"),
+    [
+        # A window that never ends, and alignments that are the same.
+        ((2, 100, 4, 64), (2, 100, 4, 64), {"local_window_size": 99}, "0"),
+        ((2, 100, 4, 64), (2, 100, 4, 64), {"local_window_size": (99, 0)}, "1"),
+        ((2, 100, 4, 64), (2, 100, 4, 64),
+         {"is_causal": True, "causal_alignment": "bottom_right"}, "1"),
+        # A step of decoding sees the whole cache.
+        ((2, 1, 4, 64), (2, 100, 4, 64),
+         {"is_causal": True, "causal_alignment": "bottom_right"}, "0"),
+    ],
+)  # fmt: skip
+def test_bands_that_are_nothing_special_run_on_kernels(query, key, options, is_causal):
+    calls = custom_calls(lower(query, key, **options))
+    assert attribute(calls["jax_sage_attention"], "is_causal") == (is_causal, "i64")
+
+
+@needs_module
+def test_causal_attention_to_more_keys_than_queries():
+    """Later keys, which no query sees, must not count in any mean or scale."""
+    calls = custom_calls(lower((2, 100, 4, 64), (2, 300, 2, 64), is_causal=True))
+    operands, _ = signature(calls["jax_sage_quantize"])
+    assert operands[1:] == 2 * [((2, 100, 2, 64), "bf16")]
+    assert attribute(calls["jax_sage_attention"], "length_kv") == ("100", "i64")
+
+
+@needs_module
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(40, 128), (128, 40)])
+def test_another_head_dimension_of_value(head_dim, value_dim):
+    """The smaller one is padded, and the output cut."""
+    q, v = (jax.ShapeDtypeStruct((2, 100, 4, d), jnp.bfloat16) for d in (head_dim, value_dim))
+    traced = jax.jit(jax_sage.attention).trace(q, q, v)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    operands, _ = signature(custom_calls(text)["jax_sage_quantize"])
+    assert operands == 3 * [((2, 100, 4, 128), "bf16")]
+    assert traced.out_info.shape == (2, 100, 4, value_dim)
 
 
 @needs_module

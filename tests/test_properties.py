@@ -26,6 +26,14 @@ def on_cpu():
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_quickly():
+    """Compilation takes most of the time. The other tests of the portable path optimize."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 seeds = st.integers(0, 2**32 - 1)
 recipes = st.sampled_from(sorted(RECIPES))
 kinds = st.sampled_from(reference.DISTRIBUTIONS)
@@ -56,6 +64,62 @@ def test_any_shape_is_accurate(
     out, lse = attention(q, k, v, recipe=recipe, is_causal=is_causal)
     expected = reference.analyse(q, k, v, is_causal=is_causal, pv=pv_of(recipe))
     reference.assert_accurate(out, lse, expected, pv=pv_of(recipe))
+
+
+def maybe(strategy):
+    return st.one_of(st.none(), strategy)
+
+
+BATCH, HEADS = 2, 4
+QUERIES, KEYS = 20, 90
+
+
+@st.composite
+def what_is_seen(draw):
+    """Any combination of the arguments that say what a query sees."""
+    rng = np.random.default_rng(draw(seeds))
+    forms = st.tuples(*(st.sampled_from([1, n]) for n in (BATCH, HEADS, QUERIES, KEYS)))
+    options = {"is_causal": draw(st.booleans())}
+    if shape := draw(maybe(forms)):
+        options["mask"] = rng.random(shape) < draw(st.sampled_from([0.1, 0.5, 0.95]))
+    if shape := draw(maybe(forms)):
+        options["bias"] = 3 * rng.standard_normal(shape).astype(np.float32)
+    if draw(st.booleans()):
+        options["query_seq_lengths"] = rng.integers(0, QUERIES + 1, BATCH).astype(np.int32)
+    if draw(st.booleans()):
+        options["key_value_seq_lengths"] = rng.integers(0, KEYS + 1, BATCH).astype(np.int32)
+    options["local_window_size"] = draw(maybe(st.tuples(*[st.sampled_from([0, 5, 70])] * 2)))
+    return options
+
+
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(
+    seen=what_is_seen(),
+    alignment=st.sampled_from(["top_left", "bottom_right"]),
+    segments=st.booleans(),
+    kv_heads=st.sampled_from([1, 2, 4]),
+    recipe=recipes,
+    seed=seeds,
+)
+def test_any_combination_of_masks(seen, alignment, segments, kv_heads, recipe, seed):
+    """Against float64; and that, which is ours, against jax.nn as far as it goes."""
+    shapes = (BATCH, QUERIES, HEADS, 32), (BATCH, KEYS, kv_heads, 32)
+    q, k, v = reference.inputs("normal", *shapes, seed=seed)
+    expected, expected_lse = reference.attention(q, k, v, **seen)
+    with jax.default_matmul_precision("highest"):
+        theirs = jax.nn.dot_product_attention(q, k, v, implementation="xla", **seen)
+    sees = ~np.isneginf(expected_lse)
+    # Two float32 computations of scores up to 20, and of exponentials of them.
+    np.testing.assert_allclose(np.asarray(theirs)[sees], expected[sees], atol=1e-4)
+
+    seen = {**seen, "causal_alignment": alignment}
+    if segments:
+        rng = np.random.default_rng(seed)
+        for name, length in (("query_segment_ids", QUERIES), ("key_value_segment_ids", KEYS)):
+            seen[name] = rng.integers(0, 3, (BATCH, length)).astype(np.int32)
+    out, lse = attention(q, k, v, recipe=recipe, **seen)
+    analysis = reference.analyse(q, k, v, pv=pv_of(recipe), **seen)
+    reference.assert_accurate(out, lse, analysis, pv=pv_of(recipe))
 
 
 @hypothesis.given(seed=seeds, recipe=recipes, kind=kinds, is_causal=st.booleans())

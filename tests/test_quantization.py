@@ -8,6 +8,7 @@ import pytest
 import reference
 
 from jax_sage import quantization
+from jax_sage.masking import Segments
 from jax_sage.recipe import P_MAX, RECIPES, V_MAX, Recipe
 
 SCALE_LOG2 = 0.18
@@ -107,9 +108,9 @@ def arrays(kind, length=150, head_dim=24, dtype="bfloat16"):
     return reference.inputs(kind, (2, 20, 4, head_dim), (2, length, 2, head_dim), dtype)
 
 
-def quantize(q, k, v, recipe=RECIPES["8+8"], scale_log2=SCALE_LOG2):
+def quantize(q, k, v, recipe=RECIPES["8+8"], scale_log2=SCALE_LOG2, **options):
     run = jax.jit(quantization.quantize, static_argnames=("scale_log2", "recipe"))
-    result = run(q, k, v, scale_log2=scale_log2, recipe=recipe)
+    result = run(q, k, v, scale_log2=scale_log2, recipe=recipe, **options)
     return quantization.Quantized(*map(np.asarray, result))
 
 
@@ -161,7 +162,7 @@ def test_value(recipe, kind):
     for at in np.ndindex(v.shape[:2]):
         codes, scales = numpy_value(v[at], mean[at], dtype)
         np.testing.assert_array_equal(x.v[at].astype(f32), codes.astype(f32))
-        np.testing.assert_array_equal(x.v_scale[at], scales)
+        np.testing.assert_array_equal(x.v_scale[at][0], scales)
     assert np.abs(x.v.astype(f32)).max() <= V_MAX
 
 
@@ -173,7 +174,7 @@ def test_offset_restores_the_mean(recipe, kind):
     x = quantize(q, k, v, RECIPES[recipe])
     v = heads_first(v).astype(np.float64)
     codes = x.v[..., : v.shape[-2], :].astype(np.float64)
-    restored = (codes * x.v_scale[..., None, :]).mean(-2) + x.v_offset
+    restored = (codes * x.v_scale + x.v_offset).mean(-2)
     # A few FP32 roundings: of the sum, of the code sum, of their difference.
     np.testing.assert_allclose(restored, v.mean(-2), rtol=0, atol=2.0**-20 * np.abs(v).max())
 
@@ -189,35 +190,80 @@ def test_no_mean_without_smoothing():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_positions_of_what_is_not_finite(bad):
+def test_what_is_not_finite_counts_as_zero(bad):
     q, k, v = (np.array(x) for x in arrays("normal", dtype="float32"))
     q[0, 3, 2, 5] = bad
     k[1, [70, 90], 0, 7] = bad
-    v[1, 100, 0, 2] = bad  # behind the bad key of its head
     v[0, [5, 149], 1, 3] = bad
     x = quantize(q, k, v)
-    first_bad_k = np.full((2, 2), quantization.NEVER)
-    first_bad_k[1, 0] = 70
-    first_bad = np.full((2, 2, 24), quantization.NEVER)
-    first_bad[1, 0] = 70
-    first_bad[0, 1, 3] = 5
-    np.testing.assert_array_equal(x.first_bad_k, first_bad_k)
-    np.testing.assert_array_equal(x.first_bad, first_bad)
     np.testing.assert_array_equal(np.argwhere(np.isnan(x.q_scale)), [[0, 2, 3]])
-    # Otherwise as if it were zero.
     zeros = quantize(*(np.where(np.isfinite(y), y, f32(0)) for y in (q, k, v)))
     for name in ("q", "k", "k_scale", "v", "v_scale", "v_offset"):
         np.testing.assert_array_equal(getattr(x, name), getattr(zeros, name), err_msg=name)
 
 
-def test_a_value_bad_before_the_key_is_the_first():
-    q, k, v = (np.array(x) for x in arrays("normal", dtype="float32"))
-    k[0, 70, 0, 7] = np.nan
-    v[0, 60, 0, 2] = np.nan
-    x = quantize(q, k, v)
-    expected = np.full(24, 70)
-    expected[2] = 60
-    np.testing.assert_array_equal(x.first_bad[0, 0], expected)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_keys_that_are_not_seen_do_not_count(recipe):
+    """As if they were not there, but for codes of zero at their place; whatever they hold."""
+    q, k, v = arrays("outlier", dtype="float32")
+    seen = np.zeros((2, 2, 150), bool)
+    seen[..., 5:81] = True
+    k[:, 100:], v[:, 3] = np.nan, 1e30
+    x = quantize(q, k, v, RECIPES[recipe], seen=seen)
+    # Moved to the place that they have in their block of 64 keys, so that they share scales alike.
+    cut_k, cut_v = (np.where(seen[0, 0, :81, None, None], y[:, :81], f32(0)) for y in (k, v))
+    some = quantize(q, cut_k, cut_v, RECIPES[recipe], seen=seen[..., :81])
+    for name in ("q_dot_mean", "v_scale", "v_offset"):
+        np.testing.assert_allclose(getattr(x, name), getattr(some, name), rtol=1e-6, err_msg=name)
+    np.testing.assert_array_equal(x.k[..., :128, :], some.k)
+    np.testing.assert_array_equal(x.v[..., :128, :].astype(f32), some.v.astype(f32))
+    for codes in (x.k, x.v.astype(f32)):
+        assert not codes[..., :5, :].any()
+        assert not codes[..., 81:, :].any()
+    alone = quantize(q, k[:, 5:81], v[:, 5:81], RECIPES[recipe])
+    np.testing.assert_allclose(x.q_dot_mean, alone.q_dot_mean, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(x.v_scale, alone.v_scale, rtol=1e-6)
+    np.testing.assert_array_equal(x.v[..., 5:81, :], alone.v[..., :76, :])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_segments_are_quantized_each_for_itself(recipe):
+    """Ids in any order; codes of V are those of the segment alone, whatever the others hold."""
+    q, k, v = arrays("outlier", dtype="float32")
+    key_ids = np.random.default_rng(0).choice(np.array([7, -3, 100], np.int32), (2, 150))
+    query_ids = np.resize(np.array([100, 7, 5], np.int32), (2, 20))  # no key has 5
+    size = {7: f32(1e-6), -3: f32(1), 100: f32(1e6)}
+    factor = np.vectorize(size.get)(key_ids).astype(f32)[..., None, None]
+    k, v = k * factor, v * factor
+    segments = jax.jit(Segments.find)(query_ids, key_ids)
+    x = quantize(q, k, v, RECIPES[recipe], segments=segments)
+    key_index, query_index = np.asarray(segments.key_index), np.asarray(segments.query_index)
+    for batch in range(2):
+        for segment in (7, 100):
+            keys, rows = key_ids[batch] == segment, query_ids[batch] == segment
+            alone = quantize(q[batch, rows], k[batch, keys], v[batch, keys], RECIPES[recipe])
+            entry = key_index[batch, keys][0]
+            assert (key_index[batch, keys] == entry).all()
+            assert (query_index[batch, rows] == entry).all()
+            np.testing.assert_allclose(
+                x.q_dot_mean[batch][:, rows], alone.q_dot_mean, rtol=1e-4, atol=1e-3 * size[segment]
+            )
+            np.testing.assert_allclose(x.v_scale[batch][:, entry], alone.v_scale[:, 0], rtol=1e-6)
+            np.testing.assert_array_equal(
+                x.v[batch][:, np.flatnonzero(keys)], alone.v[:, : keys.sum()]
+            )
+            # K: dequantized by its own scale and the factor that went to the queries.
+            scale = np.repeat(x.k_scale[batch], 2, -1)  # [K, blocks, 8]
+            scale = np.tile(scale, (1, 1, 8)).reshape(2, -1)[:, :150]
+            centered = x.k[batch][:, :150].astype(np.float64) * scale[..., None]
+            ratio = x.q_scale[batch][:, rows] / alone.q_scale  # of query heads
+            assert (ratio == ratio[::2, :1].repeat(2, 0)).all()
+            restored = centered[:, keys] * ratio[::2, :1, None]
+            own = heads_first(k[batch, keys]).astype(np.float64)
+            own -= reference.bf16(own.mean(-2, keepdims=True))
+            # Up to twice the step of the segment alone: its keys share scales with others.
+            step = np.abs(own).max((-1, -2), keepdims=True) * 2 / 127
+            assert np.all(np.abs(restored - own) <= step * 0.501)
 
 
 def test_zeros_have_scales_that_are_not():
@@ -248,7 +294,7 @@ def test_offset_of_a_large_mean(recipe, mean):
     v = f32(mean) * (1 + v / f32(16 * np.abs(v).max()))
     x = quantize(q, k, v, RECIPES[recipe])
     codes = x.v[..., :150, :].astype(np.float64)
-    restored = codes * x.v_scale[..., None, :] + x.v_offset[..., None, :]
+    restored = codes * x.v_scale + x.v_offset
     exact = heads_first(v).astype(np.float64)
     error = np.abs(restored - exact).max()
     assert error <= mean * 2.0**-3  # E4M3: 1/17 for a code, as much for the mean code
