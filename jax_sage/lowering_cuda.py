@@ -45,7 +45,7 @@ def attention(
     ``mma_sync`` asks for the mma.sync kernel, which runs on every GPU that there are kernels for,
     where the device has a faster one of its own: so one machine can test both.
     """
-    reason = kernels.why_unavailable(recipe) or _not_in_kernels(query, value, masks, band)
+    reason = why_portable(query, value, masks.given(), band, recipe)
     if reason is not None:
         # The stack is that of a compilation, which need not hold the call of jax_sage.attention.
         place = source_info_util.summarize(source_info_util.current())
@@ -90,9 +90,14 @@ NOT_IN_KERNELS = (
 )
 
 
-def _not_in_kernels(query: jax.Array, value: jax.Array, masks: Masks, band: Band) -> str | None:
-    """Which part of a call has no kernel yet, or None."""
-    parts = list(masks.given())
+def why_portable(
+    query: jax.Array, value: jax.Array, given: tuple[str, ...], band: Band, recipe: Recipe
+) -> str | None:
+    """Why no kernel can run this call on the GPUs of this process, or None if one can."""
+    reason = kernels.why_unavailable(recipe)
+    if reason is not None:
+        return reason
+    parts = list(given)
     if band not in (Band(), CAUSAL):
         parts.append("a window" if band.left is not None else "this alignment")
     head_dim = max(query.shape[-1], value.shape[-1])

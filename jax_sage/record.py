@@ -23,7 +23,16 @@ RECORDS = pathlib.Path("benchmarks/records")
 CUDA_SUFFIXES = (".cu", ".cuh", ".cc", ".h")
 LOWERING = tuple(
     f"jax_sage/{name}.py"
-    for name in ("attention", "primitive", "kernels", "lowering_cuda", "quantization", "recipe")
+    for name in (
+        "arguments",
+        "attention",
+        "kernels",
+        "lowering_cuda",
+        "masking",
+        "primitive",
+        "quantization",
+        "recipe",
+    )
 )
 
 
