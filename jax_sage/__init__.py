@@ -3,7 +3,10 @@
 from jax_sage import flax
 from jax_sage.attention import attention
 from jax_sage.calls import SwapWarning, UnsupportedAttentionError
+from jax_sage.capture import capture
+from jax_sage.compare import compare
 from jax_sage.info import info
+from jax_sage.models import compare_model
 from jax_sage.patch import patch
 from jax_sage.policy import Policy, Rule
 from jax_sage.recipe import RECIPES, Recipe
@@ -23,6 +26,9 @@ __all__ = [
     "__version__",
     "attention",
     "attention_sites",
+    "capture",
+    "compare",
+    "compare_model",
     "flax",
     "info",
     "patch",

@@ -131,7 +131,13 @@ def _equinox_call(
         if not (dropout.inference if inference is None else inference):
             problem = f"dropout is active (rate {dropout.p}, not inference)"
     arrays = query[:, None, :], key_[:, None, :], value[:, None, :]
-    return calls.Call(*arrays, {"mask": mask}, problem, restore=lambda out: out[:, 0, :])
+    return calls.Call(
+        *arrays,
+        {"mask": mask},
+        problem,
+        restore=lambda out: out[:, 0, :],
+        arrange=lambda out: out[:, None, :],
+    )
 
 
 _CONVERT: dict[str, Callable[..., calls.Call]] = {

@@ -36,13 +36,27 @@ class Call:
     value: jax.Array  # [*B, S, K, Hv]
     options: dict[str, Any]  # further arguments of jax_sage.attention
     problem: str | None = None  # why it cannot be swapped, if the arguments say so
-    restore: Callable[[jax.Array], jax.Array] = lambda out: out  # to the caller's layout
+    # To the caller's layout of an output, and from it.
+    restore: Callable[[jax.Array], jax.Array] = lambda out: out
+    arrange: Callable[[jax.Array], jax.Array] = lambda out: out
+
+    def known_options(self) -> dict[str, Any]:
+        """With masks that are numbers as bool."""
+        mask = self.options.get("mask")
+        if mask is None:
+            return self.options
+        mask = jnp.asarray(mask)
+        return {**self.options, "mask": mask if mask.dtype == bool else mask != 0}
+
+
+Tap = Callable[[Call, str, str, Callable[[], jax.Array]], jax.Array]
 
 
 class _State(threading.local):
     def __init__(self) -> None:
         self.reports: list[Report] = []
         self.inside = False
+        self.taps: dict[Policy, Tap] = {}
 
 
 _state = _State()
@@ -58,6 +72,16 @@ def recording(report: Report) -> Iterator[Report]:
         _state.reports.remove(report)
 
 
+@contextlib.contextmanager
+def tapping(policy: Policy, tap: Tap) -> Iterator[None]:
+    """Calls of this thread with this policy go to the tap."""
+    _state.taps[policy] = tap
+    try:
+        yield
+    finally:
+        del _state.taps[policy]
+
+
 def is_inside() -> bool:
     """Whether an exact attention is being computed: what it calls is a part of it."""
     return _state.inside
@@ -68,14 +92,19 @@ def run(
 ) -> jax.Array:
     """The output of jax_sage.attention, or of what the model had."""
 
-    def keep(reason: str) -> jax.Array:
-        _record(call, call.options, path=path, kind=kind, reason=reason)
+    def kept() -> jax.Array:
         before, _state.inside = _state.inside, True
         try:
             return exact()
         finally:
             _state.inside = before
 
+    def keep(reason: str) -> jax.Array:
+        _record(call, call.options, path=path, kind=kind, reason=reason)
+        return kept()
+
+    if policy in _state.taps:
+        return _state.taps[policy](call, path, kind, kept)
     enough = call.query.ndim >= 3 and call.key.ndim >= 3
     length = min(call.query.shape[-3], call.key.shape[-3]) if enough else 0
     rule, why = policy.find(path, length)
@@ -124,16 +153,10 @@ def _prepare(
 
 
 def _options(call: Call, rule: Rule) -> dict[str, Any]:
-    """With masks that are numbers as bool, and the causal mask as a flag if a rule says so."""
-    options = dict(call.options)
+    """Those of the call, with the causal mask as a flag if a rule says so."""
+    options = call.known_options()
     mask = options.get("mask")
-    if mask is None:
-        return options
-    mask = jnp.asarray(mask)
-    if mask.dtype != bool:
-        mask = mask != 0
-    options["mask"] = mask
-    if not rule.causal:
+    if mask is None or not rule.causal:
         return options
     length_q, length_kv = call.query.shape[-3], call.key.shape[-3]
     if length_q != length_kv:
@@ -196,6 +219,8 @@ def _describe_masks(call: Call, options: dict[str, Any]) -> str:
             parts.append(name)
             continue
         dims = [str(d) for d in np.shape(array)]
+        if len(dims) == call.query.ndim == 4 and dims[0] == str(call.query.shape[0]) != "1":
+            dims[0] = "B"
         for place, (letter, size) in zip((-3, -2, -1), letters, strict=False):
             if -place <= len(dims) and dims[place] == str(size) and size != 1:
                 dims[place] = letter

@@ -60,12 +60,18 @@ def patch(policy: Policy | None = None, *, strict: bool = False) -> Iterator[Rep
     """
     policy = check_policy(policy)
     report = Report()
-    with _installed(), _active(policy), calls.recording(report), linen_modules(policy):
+    with patched(policy), calls.recording(report):
         yield report
     if report.swapped:
         _traced.add(policy)
     elif report.sites or policy not in _traced:
         complain(report, "jax_sage.patch", strict, stacklevel=4)  # past contextlib
+
+
+@contextlib.contextmanager
+def patched(policy: Policy) -> Iterator[None]:
+    with _installed(), _active(policy), linen_modules(policy):
+        yield
 
 
 def check_policy(policy: Policy | None) -> Policy:

@@ -4,6 +4,8 @@ The same numbers as the kernels: exact INT8 products, P rounded to E4M3 (or FP16
 64 keys (the Hopper kernel's: of 512) rounded to FP16 after each matrix instruction and then added
 in FP32. Blocks of queries and keys are visited in loops: memory is proportional to the inputs, and
 blocks of keys that no query of a block can see (causal, windows, lengths) are not visited.
+
+Steps can be left out, to see what each costs (:func:`jax_sage.compare`).
 """
 
 from typing import NamedTuple
@@ -14,7 +16,15 @@ import numpy as np
 from jax import lax
 
 from jax_sage.masking import Band, Masks, Segments, View
-from jax_sage.quantization import Quantized, look_up, quantize, round_e4m3, round_fp16
+from jax_sage.quantization import (
+    Quantized,
+    Switches,
+    choose,
+    look_up,
+    quantize,
+    round_e4m3,
+    round_fp16,
+)
 from jax_sage.recipe import BLOCK_KV, P_MAX, SCORE_MAX, Recipe
 
 _f32 = np.float32
@@ -44,12 +54,19 @@ def attention(
     scale_log2: float,  # softmax scale * log2(e)
     band: Band,
     recipe: Recipe,
+    switches: Switches = Switches(),  # noqa: B008 (immutable)
+    rows: tuple[int, ...] | None = None,
+    block_q: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns out [*B, T, N, Hv] in the dtype of query, and lse [*B, T, N] in float32."""
+    """Returns out [*B, T, N, Hv] in the dtype of query, and lse [*B, T, N] in float32.
+
+    ``rows``: compute only the blocks of ``block_q`` queries that begin there, in place of all T.
+    """
     *batch, length_q, heads, _ = query.shape
     length_kv, kv_heads = key.shape[-3:-1]
     group = heads // kv_heads
-    block_q = _block_q(int(np.prod(batch, initial=1)) * heads, length_q)
+    if block_q is None:
+        block_q = _block_q(int(np.prod(batch, initial=1)) * heads, length_q)
     padded_q = -(-length_q // block_q) * block_q
 
     view = View(
@@ -75,38 +92,52 @@ def attention(
         recipe=recipe,
         seen=None if view.sees_everything() else view.seen_keys(),
         segments=segments,
+        switches=switches,
     )
     bad = _find_bad(key, value)
 
-    def by_block(a: jax.Array) -> jax.Array:  # [*B, N, T, ...] -> [blocks, *B, K, G, block_q, ...]
+    def by_group(a: jax.Array) -> jax.Array:  # [*B, N, T, ...] -> [*B, K, G, padded_q, ...]
         a = _pad(a, len(batch) + 1, padded_q)
-        shape = (*batch, kv_heads, group, -1, block_q, *a.shape[len(batch) + 2 :])
-        return jnp.moveaxis(a.reshape(shape), len(batch) + 2, 0)
+        return a.reshape(*batch, kv_heads, group, *a.shape[len(batch) + 1 :])
 
+    q, q_scale = by_group(x.q), by_group(x.q_scale)
     query_index = None if segments is None else _pad(segments.query_index, len(batch), padded_q)
 
-    def one_block(args: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        row, q, q_scale = args
+    def one_block(row: jax.Array) -> tuple[jax.Array, jax.Array]:
         index = None
         if query_index is not None:
             index = lax.dynamic_slice_in_dim(query_index, row, block_q, axis=-1)
-        out, lse = _attend(row, q, q_scale, index, x, view, recipe)
+        out, lse = _attend(
+            row,
+            lax.dynamic_slice_in_dim(q, row, block_q, axis=-2),
+            lax.dynamic_slice_in_dim(q_scale, row, block_q, axis=-1),
+            index,
+            x,
+            view,
+            recipe,
+            switches,
+        )
         bad_out, bad_lse = _who_sees(row, bad, view, out.shape)
         return jnp.where(bad_out, _f32(np.nan), out), jnp.where(bad_lse, _f32(np.nan), lse)
 
-    starts = jnp.arange(0, padded_q, block_q, dtype=jnp.int32)
-    out, lse = lax.map(one_block, (starts, by_block(x.q), by_block(x.q_scale)))
+    starts = np.arange(0, padded_q, block_q) if rows is None else np.asarray(rows)
+    out, lse = lax.map(one_block, jnp.asarray(starts, jnp.int32))
+    count = length_q if rows is None else starts.size * block_q
 
     def to_tokens(a: jax.Array) -> jax.Array:  # [blocks, *B, K, G, block_q, ...] -> [*B, T, N, ...]
         a = jnp.moveaxis(a, 0, len(batch) + 2)
-        a = a.reshape(*batch, heads, padded_q, *a.shape[len(batch) + 4 :])
+        a = a.reshape(*batch, heads, starts.size * block_q, *a.shape[len(batch) + 4 :])
         return jnp.moveaxis(a, len(batch), len(batch) + 1)[
-            (slice(None),) * len(batch) + (slice(length_q),)
+            (slice(None),) * len(batch) + (slice(count),)
         ]
 
     out, lse = to_tokens(out), to_tokens(lse)
     # A query that sees nothing has lse -inf, whatever q·k̄ is.
-    q_dot_mean = jnp.swapaxes(x.q_dot_mean, -1, -2)
+    q_dot_mean = x.q_dot_mean
+    if rows is not None:
+        places = (starts[:, None] + np.arange(block_q)).ravel()
+        q_dot_mean = jnp.take(q_dot_mean, jnp.asarray(places), axis=-1)
+    q_dot_mean = jnp.swapaxes(q_dot_mean, -1, -2)
     lse = jnp.where(jnp.isneginf(lse), lse, lse + _LN_2 * q_dot_mean)
     return out.astype(query.dtype), lse
 
@@ -119,6 +150,7 @@ def _attend(
     x: Quantized,
     view: View,
     recipe: Recipe,
+    switches: Switches,
 ) -> tuple[jax.Array, jax.Array]:
     """One block of queries: out [*B, K, G, block_q, Hv] in float32, and lse without q·k̄."""
     block_q = q.shape[-2]
@@ -126,7 +158,10 @@ def _attend(
     round_p = round_e4m3 if recipe.pv == "fp8" else round_fp16
     # E4M3 and INT8 values are exact in every format that a platform may use for a float32 dot;
     # FP16 values are not exact in bfloat16.
-    precision = lax.Precision.HIGHEST if recipe.pv == "fp16" else lax.Precision.DEFAULT
+    plain = all(switch is False for switch in switches)
+    integers = lax.Precision.DEFAULT if plain else lax.Precision.HIGHEST
+    is_fp8 = recipe.pv == "fp8" and plain
+    precision = lax.Precision.DEFAULT if is_fp8 else lax.Precision.HIGHEST
     keys = _INSTRUCTION_KEYS[recipe.pv]
 
     def body(
@@ -137,7 +172,7 @@ def _attend(
         v = _block(x.v, j, BLOCK_KV).astype(jnp.float32)
         k_scale = jnp.squeeze(_block(x.k_scale, j, 1), -2)  # [*B, K, 4]
         # 127 * 127 * 256 < 2^24: integer products and sums are exact in float32.
-        products = jnp.einsum("...kgth,...ksh->...kgts", q_float, k)
+        products = jnp.einsum("...kgth,...ksh->...kgts", q_float, k, precision=integers)
         scales = jnp.tile(jnp.repeat(k_scale, 2, axis=-1), BLOCK_KV // 8)  # [*B, K, 64]
         scores = products * (q_scale[..., None] * scales[..., None, None, :])
         visible, bias = view.block(row, block_q, j * np.int32(BLOCK_KV), BLOCK_KV)
@@ -154,7 +189,7 @@ def _attend(
 
         # The sum of the rounded P is one more channel of V, constant one.
         v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
-        p = round_p(p)
+        p = choose(switches.exact_p, p, round_p(p))
         partial = jnp.zeros_like(acc)
         for first in range(0, BLOCK_KV, keys):
             step = slice(first, first + keys)
@@ -162,7 +197,7 @@ def _attend(
                 "...kgts,...ksh->...kgth", p[..., step], v[..., step, :], precision=precision
             )
             if recipe.pv_accumulator == "fp16":
-                partial = round_fp16(partial)
+                partial = choose(switches.exact_sums, partial, round_fp16(partial))
         return new_max, row_sum, acc * rescale[..., None] + partial
 
     first, end = _block_range(view, row, block_q)

@@ -54,6 +54,23 @@ class Quantized(NamedTuple):
     v_offset: jax.Array  # float32 [*B, K, U, Hv], added to the output
 
 
+class Switches(NamedTuple):
+    """What is left out, to see what it costs. Traced bools are compiled once for all."""
+
+    exact_qk: bool | jax.Array = False  # Q and K in FP32
+    exact_p: bool | jax.Array = False  # P in FP32
+    exact_v: bool | jax.Array = False  # V in FP32
+    exact_sums: bool | jax.Array = False  # FP32 in place of FP16 partial sums
+    rough_k: bool | jax.Array = False  # K not smoothed
+    rough_v: bool | jax.Array = False  # V not smoothed
+
+
+def choose(switch: bool | jax.Array, on: jax.Array, off: jax.Array) -> jax.Array:
+    if isinstance(switch, bool):
+        return on if switch else off
+    return jnp.where(switch, on, off.astype(on.dtype))
+
+
 def round_to(x: jax.Array, mantissa_bits: int, min_exponent: int) -> jax.Array:
     """Rounds float32 to nearest, ties to even, on the grid of a narrower type, subnormals included.
 
@@ -148,8 +165,12 @@ def quantize_value(
     centered: jax.Array,  # float32 [*B, K, S, Hv], finite, v - v̄
     segments: Segments | None,
     recipe: Recipe,
+    exact: bool | jax.Array = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Codes [*B, K, Sp, Hv] with absolute maximum V_MAX, and scales [*B, K, U, Hv]."""
+    """Codes [*B, K, Sp, Hv] with absolute maximum V_MAX, and scales [*B, K, U, Hv].
+
+    ``exact``: float32 in place of codes, the same but for their rounding.
+    """
     absmax = jnp.maximum(_absmax(centered, segments), _f32(ABSMAX_FLOOR))
     # V_MAX / absmax may be below the smallest normal number, which XLA flushes to 0: large channels
     # are first scaled down by a power of two.
@@ -161,7 +182,7 @@ def quantize_value(
         codes = round_e4m3(scaled).astype(jnp.float8_e4m3fn)
     else:
         codes = round_fp16(scaled).astype(jnp.float16)
-    return codes, absmax * _f32(1 / V_MAX)
+    return choose(exact, scaled, codes), absmax * _f32(1 / V_MAX)
 
 
 def quantize(
@@ -173,6 +194,7 @@ def quantize(
     recipe: Recipe,
     seen: jax.Array | None = None,  # bool [*B, K, S] or with ones; None: all
     segments: Segments | None = None,
+    switches: Switches = Switches(),  # noqa: B008 (immutable)
 ) -> Quantized:
     q, k, v = (jnp.swapaxes(x, -2, -3).astype(jnp.float32) for x in (query, key, value))
     *batch, kv_heads, length, head_dim = k.shape
@@ -198,6 +220,7 @@ def quantize(
     v_average: jax.Array | None = None
     if recipe.smooth_k:
         k_mean = _round_bf16(_mean(_total(only_seen(k), segments), one_over_count))
+        k_mean = choose(switches.rough_k, jnp.zeros_like(k_mean), k_mean)
         grouped_q = q.reshape(*batch, kv_heads, -1, *q.shape[-2:])
         means = look_up(k_mean, query_index)  # [*B, K, T or 1, H]
         form = "...kgth,...kh->...kgt" if segments is None else "...kgth,...kth->...kgt"
@@ -210,10 +233,14 @@ def quantize(
         k = k - look_up(k_mean, key_index)
     if recipe.smooth_v:
         v_average = _mean(_total(only_seen(v), segments), one_over_count)
+        v_average = choose(switches.rough_v, jnp.zeros_like(v_average), v_average)
         v = v - look_up(_round_bf16(v_average), key_index)
     k, v = only_seen(k), only_seen(v)
 
     q_codes, q_scale = quantize_query(q, scale_log2)
+    # NaN marks a query that is not finite.
+    exact_scale = jnp.where(jnp.isnan(q_scale), q_scale, _f32(scale_log2))
+    q_scale = choose(switches.exact_qk, exact_scale, q_scale)
     if segments is not None:
         size = _power_of_two(jnp.max(_absmax(k, segments), axis=-1, keepdims=True))
         k = k / look_up(size, key_index)
@@ -221,7 +248,10 @@ def quantize(
         shape = (*batch, kv_heads, -1, q.shape[-2])
         q_scale = (q_scale.reshape(shape) * of_query).reshape(q_scale.shape)
     k_codes, k_scale = quantize_key(k)
-    v_codes, v_scale = quantize_value(v, segments, recipe)
+    q_codes = choose(switches.exact_qk, q, q_codes)
+    k_codes = choose(switches.exact_qk, _pad_tokens(k), k_codes)
+    k_scale = choose(switches.exact_qk, jnp.ones_like(k_scale), k_scale)
+    v_codes, v_scale = quantize_value(v, segments, recipe, switches.exact_v)
 
     # Restoring mean(V) - mean(dequantized V), not v̄, cancels the rounding errors of V as far as
     # the attention is uniform: -12 % error on normal inputs, for one integer sum per channel.

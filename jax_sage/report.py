@@ -71,6 +71,7 @@ class Report:
                 _shape(site.key),
                 site.dtype,
                 site.mask,
+                str(site.calls),
                 site.recipe or "-",
                 site.reason or "",
             )
@@ -88,7 +89,7 @@ class Report:
         return f"<p>{html.escape(self._summary())}</p>{html_table(COLUMNS, self._rows())}"
 
 
-COLUMNS = ("path", "kind", "query", "key", "dtype", "mask", "recipe", "why it was kept")
+COLUMNS = ("path", "kind", "query", "key", "dtype", "mask", "calls", "recipe", "why it was kept")
 
 
 def _shape(dims: Sequence[int]) -> str:

@@ -84,7 +84,7 @@ def swap(
         raise ValueError("return_report needs sample=(...): arguments of a call of the model.")
     nnx, linen = sys.modules.get("flax.nnx"), sys.modules.get("flax.linen")
     if nnx is not None and isinstance(model, nnx.Module):
-        new, found = _swap_nnx(model, policy)
+        new, found = swap_nnx(model, policy)
         trace = functools.partial(_trace_nnx, new)
     elif linen is not None and isinstance(model, linen.Module):
         new, found = _swap_linen(model, policy), None  # only a call makes its modules
@@ -105,7 +105,8 @@ def swap(
     return (new, report) if return_report else new
 
 
-def _swap_nnx(model: Any, policy: Policy) -> tuple[Any, int]:
+def swap_nnx(model: Any, policy: Policy) -> tuple[Any, int]:
+    """A swapped copy, and how many attributes were replaced."""
     from flax import nnx
 
     new = nnx.clone(model)
@@ -170,9 +171,8 @@ def _swapped_class(base: type, policy: Policy) -> type:
 def _trace_nnx(model: Any, sample: tuple[Any, ...] | dict[str, Any]) -> None:
     from flax import nnx
 
-    # Its state may change in a call: that of a copy made inside.
-    graph, state = nnx.split(model)
-    _trace(lambda *args, **kwargs: nnx.merge(graph, state)(*args, **kwargs), sample)
+    # Its state may change in a call: that of a copy made while tracing.
+    _trace(lambda *args, **kwargs: nnx.clone(model)(*args, **kwargs), sample)
 
 
 def _trace_linen(model: Any, sample: tuple[Any, ...] | dict[str, Any]) -> None:
