@@ -225,4 +225,5 @@ def caller() -> str:
         return "an unknown place"
     folder, file = os.path.split(frame.f_code.co_filename)
     place = os.path.join(os.path.basename(folder), file)
-    return f"{place}:{frame.f_lineno} ({frame.f_code.co_qualname})"
+    name = frame.f_code.co_qualname.rpartition("<locals>.")[2]
+    return f"{place}:{frame.f_lineno} ({name})"

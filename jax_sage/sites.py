@@ -78,8 +78,9 @@ def attention_sites(function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 
     It is traced, nothing is computed. An attention is two matrix products, with an exponential of
     the first's result as an operand of the second, and a sum or maximum of it in between; through
-    jit, scan, while, cond, remat and custom derivatives. Attention that a custom kernel computes
-    (Pallas, cuDNN by a custom call) is not seen.
+    jit, scan, while, cond, remat and custom derivatives. Not seen is attention that a custom kernel
+    computes (Pallas, cuDNN by a custom call), and that of one head of rank 2 written as
+    ``q @ k.T``, which is not told from a layer and its softmax.
 
     Args:
       function: any that JAX can trace.
