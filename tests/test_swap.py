@@ -598,7 +598,7 @@ def test_nothing_to_swap():
     with pytest.warns(SwapWarning, match="jax_sage.swap swapped nothing"):
         jax_sage.swap(dense, sample=(X,))
     with pytest.raises(ValueError, match="jax_sage.patch swapped nothing"):
-        with jax_sage.patch(strict=True):
+        with jax_sage.patch(Policy(Rule("never")), strict=True):
             model(X)
 
 
