@@ -128,7 +128,7 @@ class AttentionSuite:
         shapes = (1, length_q, 2, 32), (1, length_kv, 2, 32)
         check(*reference.inputs("normal", *shapes), is_causal=is_causal)
 
-    @pytest.mark.parametrize("head_dim", [1, 3, 8, 40, 64, 80, 96, 127, 128])
+    @pytest.mark.parametrize("head_dim", [1, 3, 64, 80, 127])
     def test_head_dim(self, head_dim):
         shape = (2, 96, 2, head_dim)
         check(*reference.inputs("normal", shape, shape, "bfloat16"))
@@ -416,8 +416,7 @@ class AttentionSuite:
         # The trend is as large as the values: INT8 codes are as coarse as for heavy tails.
         check(q, k, v, recipe=recipe, is_causal=is_causal, kind="heavy")
 
-    @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-    @BOTH_MASKS
+    @pytest.mark.parametrize(("dtype", "is_causal"), [("bfloat16", False), ("float32", True)])
     def test_neighbours_are_not_read(self, dtype, is_causal):
         """Lengths and heads cut out of larger arrays, in which everything else is NaN."""
         q, k, v = reference.inputs("normal", (2, 70, 2, 40), (2, 101, 2, 40), dtype)

@@ -12,6 +12,8 @@ import jax_sage
 from jax_sage import Recipe, SwapWarning, capture, compare, compare_model
 from jax_sage.compare import STEPS
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 @pytest.fixture(autouse=True)
 def on_cpu():

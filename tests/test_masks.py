@@ -11,13 +11,6 @@ def on_cpu():
         yield
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compiled_quickly():
-    """Compilation takes most of the time. The other tests of the portable path optimize."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
+@pytest.mark.usefixtures("compiled_quickly")
 class TestMasks(MaskSuite):
     """The common tests."""

@@ -20,6 +20,7 @@ def on_cpu():
         yield
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 class TestPortable(AttentionSuite):
     """The common tests."""
 

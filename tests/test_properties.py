@@ -15,23 +15,17 @@ from suite import attention, pv_of
 from jax_sage import RECIPES
 
 hypothesis.settings.register_profile(
-    "jax_sage", deadline=None, max_examples=25, derandomize=True, database=None
+    "jax_sage", deadline=None, max_examples=15, derandomize=True, database=None
 )
 hypothesis.settings.load_profile("jax_sage")
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def on_cpu():
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compiled_quickly():
-    """Compilation takes most of the time. The other tests of the portable path optimize."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 seeds = st.integers(0, 2**32 - 1)
@@ -92,7 +86,7 @@ def what_is_seen(draw):
     return options
 
 
-@hypothesis.settings(max_examples=40)
+@hypothesis.settings(max_examples=25)
 @hypothesis.given(
     seen=what_is_seen(),
     alignment=st.sampled_from(["top_left", "bottom_right"]),

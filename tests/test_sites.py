@@ -9,6 +9,8 @@ from jax_sage import attention_sites
 
 Q = jax.ShapeDtypeStruct((2, 30, 4, 16), jnp.float32)
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def own(q, softmax=jax.nn.softmax):
     scores = jnp.einsum("btnh,bsnh->bnts", q, q) * 0.25

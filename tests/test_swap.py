@@ -16,6 +16,8 @@ from jax_sage import Policy, Rule, SwapWarning, UnsupportedAttentionError
 nnx = pytest.importorskip("flax.nnx", reason="flax is not installed")
 from flax import linen  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 # Attention is off by 4 % (reference.py), models of these tests by less: they add it to their input.
 CLOSE = 0.05
 ANY_LENGTH = Rule(min_length=0)
@@ -25,13 +27,6 @@ ANY_LENGTH = Rule(min_length=0)
 def on_cpu():
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compiled_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 X = jax.random.normal(jax.random.key(1), (2, 24, 32))
