@@ -1,4 +1,5 @@
 # make test        lint and every test that needs no GPU
+# make test-models the same on models of other packages, which are 3 GB (TensorFlow among them)
 # make demo        trains the example language model
 # make gpu-check   on a machine with an NVIDIA GPU: the GPU's tests, then the record of its results
 # make gpu-status  says whether the record is of the sources as they are: fresh, or stale
@@ -17,7 +18,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 # it has a jax_sage/ without the compiled module.
 export PYTHONSAFEPATH := 1
 
-.PHONY: test lint demo gpu-check gpu-status have-gpu
+.PHONY: test test-models lint demo gpu-check gpu-status have-gpu
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cuda -type f -not -path '*/__pycache__/*')
 JAX_FOR_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 'jax[cuda13]')
@@ -44,6 +45,17 @@ test: lint
 	@set -- $$(.venv/bin/python jax_sage/record.py status); test "$$1" = fresh || \
 	  echo "warning: the GPU record is $$(echo $$1 $$2 $$3 $$4 $$5)$${6:+ and $$(($$# - 5)) more}; renew it by make gpu-check on a machine with a GPU"
 	.venv/bin/python -m pytest tests -m "not gpu" -n 2
+
+# The requirements of an extra alone: to install the package with it would compile every kernel again.
+EXTRA = import sys, tomllib; \
+  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")
+.venv/models.installed: .venv/test.stamp
+	@echo "Installing other packages' models into .venv"
+	@.venv/bin/python -c '$(EXTRA)' models | .venv/bin/python -m pip install -q -r /dev/stdin
+	@touch $@
+
+test-models: .venv/models.installed
+	.venv/bin/python -m pytest tests/test_other_models.py -n 2
 
 demo: .venv/demo.stamp
 	.venv/bin/python examples/language_model.py

@@ -83,13 +83,14 @@ def attention_sites(function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     ``q @ k.T``, which is not told from a layer and its softmax.
 
     Args:
-      function: any that JAX can trace.
+      function: any that JAX can trace, or an ``nnx.Module``.
       *args, **kwargs: its arguments; arrays or :class:`jax.ShapeDtypeStruct`. What is not an array
         stays as it is.
 
     Returns:
       A list of :class:`AttentionSite`, in the order in which they are computed.
     """
+    function = traceable(function)
     leaves, tree = jax.tree.flatten((args, kwargs))
     is_array = [hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves]
     arrays = [x for x, array in zip(leaves, is_array, strict=True) if array]
@@ -103,6 +104,14 @@ def attention_sites(function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     search = _Search()
     search.walk(_open(jax.make_jaxpr(call)(*arrays)), [_NONE] * len(arrays))
     return AttentionSites(search.found())
+
+
+def traceable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An nnx module is called as a copy made while tracing: nnx lets no other change its state."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None or not isinstance(function, nnx.Module):
+        return function
+    return lambda *args, **kwargs: nnx.clone(function)(*args, **kwargs)
 
 
 def _only_arrays(x: Any) -> Any:

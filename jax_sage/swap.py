@@ -15,6 +15,7 @@ from jax_sage.adapters import SwappedAttention, library_of
 from jax_sage.patch import check_policy, complain, linen_modules
 from jax_sage.policy import Policy
 from jax_sage.report import Report
+from jax_sage.sites import traceable
 
 Model = TypeVar("Model")
 
@@ -85,10 +86,10 @@ def swap(
     nnx, linen = sys.modules.get("flax.nnx"), sys.modules.get("flax.linen")
     if nnx is not None and isinstance(model, nnx.Module):
         new, found = swap_nnx(model, policy)
-        trace = functools.partial(_trace_nnx, new)
+        call = traceable(new)
     elif linen is not None and isinstance(model, linen.Module):
         new, found = _swap_linen(model, policy), None  # only a call makes its modules
-        trace = functools.partial(_trace_linen, new)
+        call = functools.partial(new.init, jax.random.key(0))
     else:
         raise TypeError(
             f"model is a {type(model).__name__}; jax_sage.swap takes flax.nnx and flax.linen "
@@ -97,7 +98,7 @@ def swap(
     report = Report()
     if sample is not None:
         with calls.recording(report):
-            trace(sample)
+            _trace(call, sample)
         if not report.swapped:
             complain(report, "jax_sage.swap", strict, stacklevel=3)
     elif found == 0:
@@ -166,17 +167,6 @@ def _swapped_class(base: type, policy: Policy) -> type:
             body[name] = within(name)
     new: type = type(base)(base.__name__, (base,), body)
     return new
-
-
-def _trace_nnx(model: Any, sample: tuple[Any, ...] | dict[str, Any]) -> None:
-    from flax import nnx
-
-    # Its state may change in a call: that of a copy made while tracing.
-    _trace(lambda *args, **kwargs: nnx.clone(model)(*args, **kwargs), sample)
-
-
-def _trace_linen(model: Any, sample: tuple[Any, ...] | dict[str, Any]) -> None:
-    _trace(functools.partial(model.init, jax.random.key(0)), sample)
 
 
 def _trace(function: Callable[..., Any], sample: tuple[Any, ...] | dict[str, Any]) -> None:
