@@ -2,8 +2,8 @@
 
 ``python jax_sage/record.py status`` (any Python, nothing installed) says whether the records are of
 the sources as they are: ``fresh``, or ``stale: <files>``. ``python -m jax_sage.record check`` runs
-the GPU tests, the accuracy table and the short benchmark on this machine's GPU and writes its
-record. Both run in the root of a checkout.
+the GPU tests, the accuracy table, the short benchmark and the image generator on this machine's GPU
+and writes its record. Both run in the root of a checkout.
 """
 
 import argparse
@@ -116,6 +116,7 @@ def check(root: pathlib.Path) -> pathlib.Path:
         "tests": tests,
         "accuracy": bench.accuracy(),
         "speed": bench.speed(bench.SHORT),
+        "image_generation": run_example(root),
     }
     path = root / RECORDS / f"{device.device_kind.replace(' ', '-').lower()}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,6 +145,16 @@ def run_tests(root: pathlib.Path) -> dict[str, int]:
     failed = counts["failures"] + counts["errors"]
     passed = counts["tests"] - failed - counts["skipped"]
     return {"passed": passed, "failed": failed, "skipped": counts["skipped"]}
+
+
+def run_example(root: pathlib.Path) -> dict[str, Any]:
+    """Time and quality of a whole model: the figures of examples/image_generation.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        figures = pathlib.Path(folder) / "figures.json"
+        command = [sys.executable, "-P", str((root / "examples/image_generation.py").resolve())]
+        subprocess.run([*command, "--json", str(figures)], cwd=folder, check=True)
+        content = json.loads(figures.read_text())
+    return {name: content[name] for name in ("config", "results")}
 
 
 def main(argv: list[str] | None = None) -> Any:
