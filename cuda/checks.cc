@@ -47,6 +47,14 @@ class Checker {
             std::string(name) + " is " + buffer.dtype + ToString(buffer.dims) + ", expected " +
                 dtype + ToString(dims));
   }
+  // The same, where the dimensions may be 1 of which `flexible` has a bit; the first has bit 0.
+  void IsOrOne(const char* name, const Buffer& buffer, const std::string& dtype,
+               std::vector<int64_t> dims, unsigned flexible) {
+    for (size_t i = 0; i < dims.size() && i < buffer.dims.size(); ++i) {
+      if ((flexible >> i & 1) && buffer.dims[i] == 1) dims[i] = 1;
+    }
+    Is(name, buffer, dtype, dims);
+  }
   double Attribute(const Attrs& attrs, const char* name) {
     const auto found = attrs.find(name);
     if (found == attrs.end()) {
@@ -55,9 +63,10 @@ class Checker {
     }
     return found->second;
   }
-  void Flag(const Attrs& attrs, const char* name) {
+  bool Flag(const Attrs& attrs, const char* name) {
     const double value = Attribute(attrs, name);
     Require(value == 0 || value == 1, std::string("attribute ") + name + " must be 0 or 1");
+    return value == 1;
   }
 
  private:
@@ -129,7 +138,8 @@ void CheckHeads(Checker& check, const Sizes& s) {
 std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buffer>& results,
                           const Attrs& attrs, Sizes* sizes) {
   Checker check("quantize");
-  check.Count("arguments", args.size(), 3);
+  const bool some_seen = check.Flag(attrs, "some_seen");
+  check.Count("arguments", args.size(), some_seen ? 5 : 3);
   check.Count("results", results.size(), 11);
   if (!check.Ok()) return check.message();
 
@@ -145,6 +155,10 @@ std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buf
   check.Is("value", args[2], args[1].dtype, args[1].dims);
   CheckHeads(check, s);
   if (!check.Ok()) return check.message();
+  if (some_seen) {
+    check.IsOrOne("seen", args[3], "U8", {s.batch, s.kv_heads, s.length_kv}, 3);
+    check.Is("per_counted_key", args[4], "F32", {s.batch, s.kv_heads});
+  }
 
   Pad(s);
   CheckQuantized(check, results, s);
@@ -166,10 +180,59 @@ std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buf
   return check.message();
 }
 
+namespace {
+
+// What follows the nine buffers of a masked call. Their places are in ffi.cc.
+void CheckMasks(Checker& check, const std::vector<Buffer>& args, const Buffer& out, const Sizes& s,
+                const MaskKinds& kinds) {
+  const int64_t groups = s.padded_q / kMaskRows;
+  const int64_t tiles = RoundUp(s.length_kv, kMaskKeys) / kMaskKeys;
+  check.Is("per_counted_key", args[9], "F32", {s.batch, s.kv_heads});
+  check.IsOrOne("rows", args[10], "S32", {s.batch, s.padded_q, 2}, 1);
+  check.IsOrOne("groups", args[11], "S32", {s.batch, groups, 4}, 1);
+  std::vector<int64_t> tokens = out.dims;
+  tokens[tokens.size() - 3] = s.length_kv;
+  tokens[tokens.size() - 2] = s.kv_heads;
+  check.Is("key", args[12], out.dtype, tokens);
+  check.Is("value", args[13], out.dtype, tokens);
+  size_t next = 14;
+  if (kinds.mask) {
+    check.IsOrOne("words", args[next], "U32", {s.batch, s.heads, tiles, s.padded_q, 4}, 1 | 2 | 8);
+    check.IsOrOne("views", args[next + 1], "U8", {s.batch, s.heads, groups, tiles}, 1 | 2 | 4);
+    next += 2;
+  }
+  if (kinds.segments) {
+    check.IsOrOne("query_ids", args[next], "S32", {s.batch, s.padded_q}, 1);
+    check.IsOrOne("key_ids", args[next + 1], "S32", {s.batch, tiles * kMaskKeys}, 1);
+    check.IsOrOne("query_ranges", args[next + 2], "S32", {s.batch, groups, 2}, 1);
+    check.IsOrOne("key_ranges", args[next + 3], "S32", {s.batch, tiles, 2}, 1);
+    next += 4;
+  }
+  if (kinds.bias) {
+    const Buffer& bias = args[next];
+    check.Require(IsInput(bias.dtype), "bias is " + bias.dtype + ", expected F16, BF16 or F32");
+    // Two columns stand for all.
+    const bool is_column = bias.dims.size() == 4 && bias.dims[3] == 2;
+    check.IsOrOne("bias", bias, bias.dtype,
+                  {s.batch, s.heads, s.length_q, is_column ? 2 : tiles * kMaskKeys}, 1 | 2 | 4);
+  }
+}
+
+}  // namespace
+
 std::string CheckAttention(const std::vector<Buffer>& args, const std::vector<Buffer>& results,
                            const Attrs& attrs, Sizes* sizes) {
   Checker check("attention");
-  check.Count("arguments", args.size(), 9);
+  MaskKinds kinds;
+  kinds.masked = check.Flag(attrs, "masked");
+  kinds.mask = check.Flag(attrs, "mask");
+  kinds.segments = check.Flag(attrs, "segments");
+  kinds.bias = check.Flag(attrs, "bias");
+  check.Require(kinds.masked || !(kinds.mask || kinds.segments || kinds.bias),
+                "attributes mask, segments and bias need masked");
+  check.Count("arguments", args.size(),
+              9 + (kinds.masked ? 5 : 0) + (kinds.mask ? 2 : 0) + (kinds.segments ? 4 : 0) +
+                  (kinds.bias ? 1 : 0));
   check.Count("results", results.size(), 2);
   if (!check.Ok()) return check.message();
 
@@ -189,12 +252,44 @@ std::string CheckAttention(const std::vector<Buffer>& args, const std::vector<Bu
   std::vector<int64_t> lse_dims = results[0].dims;
   lse_dims.pop_back();
   check.Is("lse", results[1], "F32", lse_dims);
-  check.Flag(attrs, "is_causal");
+  if (kinds.masked) CheckMasks(check, args, results[0], s, kinds);
+  check.Require(!(check.Flag(attrs, "is_causal") && kinds.masked),
+                "attribute is_causal is not for masked calls: rows say what is seen");
   check.Flag(attrs, "exact_lse");
   const double accumulator = check.Attribute(attrs, "pv_accumulator");
   check.Require(accumulator == 16 || accumulator == 32,
                 "attribute pv_accumulator must be 16 or 32");
   check.Flag(attrs, "mma_sync");
+  s.kinds = kinds;
+  if (check.Ok() && sizes != nullptr) *sizes = s;
+  return check.message();
+}
+
+std::string CheckPackMask(const std::vector<Buffer>& args, const std::vector<Buffer>& results,
+                          const Attrs&, PackSizes* sizes) {
+  Checker check("pack_mask");
+  check.Count("arguments", args.size(), 1);
+  check.Count("results", results.size(), 2);
+  if (!check.Ok()) return check.message();
+  const std::vector<int64_t>& dims = args[0].dims;
+  check.Require(args[0].dtype == "PRED" && dims.size() == 4,
+                "mask is " + args[0].dtype + ToString(dims) + ", expected PRED of rank 4");
+  for (int64_t dim : dims) {
+    check.Require(dim >= 1 && dim <= kMaxLength,
+                  "mask" + ToString(dims) + " has a dimension out of range");
+  }
+  if (!check.Ok()) return check.message();
+  PackSizes s;
+  s.heads = dims[0] * dims[1];
+  s.length_q = dims[2];
+  s.length_kv = dims[3];
+  const int64_t tiles = RoundUp(s.length_kv, kMaskKeys) / kMaskKeys;
+  // One row may stand for all, or be the only one.
+  const bool one = s.length_q == 1 && results[0].dims.size() == 5 && results[0].dims[3] == 1;
+  s.padded_q = one ? 1 : RoundUp(s.length_q, kBlockQ);
+  check.Is("words", results[0], "U32", {dims[0], dims[1], tiles, s.padded_q, 4});
+  check.Is("views", results[1], "U8", {dims[0], dims[1], RoundUp(s.padded_q, kMaskRows) / kMaskRows,
+                                       tiles});
   if (check.Ok() && sizes != nullptr) *sizes = s;
   return check.message();
 }

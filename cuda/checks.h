@@ -16,13 +16,24 @@ struct Buffer {
 using Attrs = std::map<std::string, double>;
 
 // Dimensions of one call, from its buffers.
+// What a call of attention is given besides the nine buffers.
+struct MaskKinds {
+  bool masked = false, mask = false, segments = false, bias = false;
+};
+
 struct Sizes {
   int64_t batch = 0;  // product of the leading dimensions
   int64_t length_q = 0, heads = 0, head_dim = 0;
   int64_t length_kv = 0, kv_heads = 0;
   int64_t padded_q = 0, padded_kv = 0, padded_head_dim = 0;
   int64_t parts = 0;
+  MaskKinds kinds;
   bool fp8_value = false;
+};
+
+// Dimensions of a mask to be packed.
+struct PackSizes {
+  int64_t heads = 0, length_q = 0, length_kv = 0, padded_q = 0;
 };
 
 // An empty message means that the call is right; `sizes`, if given, is then filled.
@@ -30,6 +41,8 @@ std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buf
                           const Attrs& attrs, Sizes* sizes);
 std::string CheckAttention(const std::vector<Buffer>& args, const std::vector<Buffer>& results,
                            const Attrs& attrs, Sizes* sizes);
+std::string CheckPackMask(const std::vector<Buffer>& args, const std::vector<Buffer>& results,
+                          const Attrs& attrs, PackSizes* sizes);
 
 inline std::string CheckQuantize(const std::vector<Buffer>& args,
                                  const std::vector<Buffer>& results, const Attrs& attrs) {
@@ -38,6 +51,10 @@ inline std::string CheckQuantize(const std::vector<Buffer>& args,
 inline std::string CheckAttention(const std::vector<Buffer>& args,
                                   const std::vector<Buffer>& results, const Attrs& attrs) {
   return CheckAttention(args, results, attrs, nullptr);
+}
+inline std::string CheckPackMask(const std::vector<Buffer>& args,
+                                 const std::vector<Buffer>& results, const Attrs& attrs) {
+  return CheckPackMask(args, results, attrs, nullptr);
 }
 
 }  // namespace jax_sage

@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "checks.h"
+#include "mask/mark.h"
+#include "mask/pack.h"
 #include "mma/attention.h"
 #include "quantize/quantize.h"
 #ifdef JAX_SAGE_SM90
@@ -31,6 +33,10 @@ std::string DTypeName(ffi::DataType dtype) {
       return "F32";
     case ffi::DataType::S8:
       return "S8";
+    case ffi::DataType::PRED:
+      return "PRED";
+    case ffi::DataType::U8:
+      return "U8";
     case ffi::DataType::S32:
       return "S32";
     case ffi::DataType::U32:
@@ -80,9 +86,31 @@ T* Data(ffi::AnyBuffer buffer) {
   return static_cast<T*>(buffer.untyped_data());
 }
 
-ffi::Error QuantizeImpl(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key,
-                        ffi::AnyBuffer value, ffi::RemainingRets rets, float scale_log2,
-                        int64_t smooth_k, int64_t smooth_v) {
+// Elements from one entry of dimension `dim` to the next; 0 where there is one for all.
+int64_t Stride(const ffi::AnyBuffer& buffer, size_t dim) {
+  const auto dims = buffer.dimensions();
+  if (dims[dim] == 1) return 0;
+  int64_t stride = 1;
+  for (size_t i = dim + 1; i < dims.size(); ++i) stride *= dims[i];
+  return stride;
+}
+
+ffi::Error Collect(ffi::RemainingArgs args, std::vector<ffi::AnyBuffer>& buffers,
+                   std::vector<Buffer>& described) {
+  for (size_t i = 0; i < args.size(); ++i) {
+    auto arg = args.get<ffi::AnyBuffer>(i);
+    if (!arg) return arg.error();
+    buffers.push_back(*arg);
+    described.push_back(Describe(buffers.back()));
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error QuantizeImpl(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                        float scale_log2, int64_t smooth_k, int64_t smooth_v, int64_t some_seen) {
+  std::vector<ffi::AnyBuffer> in;
+  std::vector<Buffer> described;
+  if (auto error = Collect(args, in, described); error.failure()) return error;
   std::vector<ffi::AnyBuffer> out;
   std::vector<Buffer> results;
   for (size_t i = 0; i < rets.size(); ++i) {
@@ -93,18 +121,25 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffe
   }
   Sizes sizes;
   const std::string message =
-      CheckQuantize({Describe(query), Describe(key), Describe(value)}, results,
+      CheckQuantize(described, results,
                     {{"scale_log2", scale_log2},
                      {"smooth_k", static_cast<double>(smooth_k)},
-                     {"smooth_v", static_cast<double>(smooth_v)}},
+                     {"smooth_v", static_cast<double>(smooth_v)},
+                     {"some_seen", static_cast<double>(some_seen)}},
                     &sizes);
   if (!message.empty()) return Invalid(message);
 
   QuantizeParams params{};
-  params.query = query.untyped_data();
-  params.key = key.untyped_data();
-  params.value = value.untyped_data();
-  params.type = InputType(query);
+  params.query = in[0].untyped_data();
+  params.key = in[1].untyped_data();
+  params.value = in[2].untyped_data();
+  params.type = InputType(in[0]);
+  if (some_seen != 0) {
+    params.seen = Data<uint8_t>(in[3]);
+    params.seen_batch_stride = Stride(in[3], 0);
+    params.seen_head_stride = Stride(in[3], 1);
+    params.per_counted_key = Data<float>(in[4]);
+  }
   params.q = Data<int8_t>(out[0]);
   params.q_scale = Data<float>(out[1]);
   params.q_dot_mean = Data<float>(out[2]);
@@ -134,18 +169,87 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffe
   return FromCuda("quantize", LaunchQuantize(params, stream));
 }
 
+// The buffers behind the nine of every call, in the order of CheckMasks.
+MaskParams ReadMasks(const std::vector<ffi::AnyBuffer>& in, const MaskKinds& kinds) {
+  MaskParams masks{};
+  masks.rows = Data<const int2>(in[10]);
+  masks.row_stride = Stride(in[10], 0) / 2;
+  masks.groups = Data<const int4>(in[11]);
+  masks.group_stride = Stride(in[11], 0) / 4;
+  size_t next = 14;
+  if (kinds.mask) {
+    const ffi::AnyBuffer& words = in[next];
+    const ffi::AnyBuffer& views = in[next + 1];
+    masks.words = Data<const uint32_t>(words);
+    masks.word_batch_stride = Stride(words, 0);
+    masks.word_head_stride = Stride(words, 1);
+    masks.word_tile_stride = static_cast<int>(4 * words.dimensions()[3]);
+    masks.word_row_stride = static_cast<int>(Stride(words, 3));
+    masks.views = Data<const uint8_t>(views);
+    masks.view_batch_stride = Stride(views, 0);
+    masks.view_head_stride = Stride(views, 1);
+    masks.view_group_stride = static_cast<int>(Stride(views, 2));
+    next += 2;
+  }
+  if (kinds.segments) {
+    masks.query_ids = Data<const int>(in[next]);
+    masks.query_id_stride = Stride(in[next], 0);
+    masks.key_ids = Data<const int>(in[next + 1]);
+    masks.key_id_stride = Stride(in[next + 1], 0);
+    masks.query_ranges = Data<const int2>(in[next + 2]);
+    masks.query_range_stride = Stride(in[next + 2], 0) / 2;
+    masks.key_ranges = Data<const int2>(in[next + 3]);
+    masks.key_range_stride = Stride(in[next + 3], 0) / 2;
+    next += 4;
+  }
+  if (kinds.bias) {
+    const ffi::AnyBuffer& bias = in[next];
+    masks.bias = bias.untyped_data();
+    masks.bias_type = InputType(bias);
+    masks.bias_batch_stride = Stride(bias, 0);
+    masks.bias_head_stride = Stride(bias, 1);
+    masks.bias_row_stride = Stride(bias, 2);
+    masks.bias_column_stride = bias.dimensions()[3] == 2 ? 0 : 1;
+  }
+  return masks;
+}
+
+// The fastest kernel that the GPU has; with `mma_sync` that of cuda/mma in any case.
+cudaError_t LaunchAttention(const AttentionParams& params, bool fp8_value, bool fp16_accumulator,
+                            bool mma_sync, cudaStream_t stream) {
+#ifdef JAX_SAGE_SM90
+  // Of the recipes, those with names: FP8 with FP16 sums, FP16 with FP32 sums.
+  if (!mma_sync && fp8_value == fp16_accumulator) {
+    int device = 0, major = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    }
+    if (error != cudaSuccess) return error;
+    if (major == 9) {
+      if (params.masks.rows != nullptr) {
+        return fp8_value ? sm90::LaunchMaskedFp8(params, stream)
+                         : sm90::LaunchMaskedFp16(params, stream);
+      }
+      return fp8_value ? sm90::LaunchAttentionFp8(params, stream)
+                       : sm90::LaunchAttentionFp16(params, stream);
+    }
+  }
+#endif
+#ifndef JAX_SAGE_NO_FP8_MMA
+  if (fp8_value) return mma::LaunchAttentionFp8(params, fp16_accumulator, stream);
+#endif
+  return mma::LaunchAttentionFp16(params, fp16_accumulator, stream);
+}
+
 ffi::Error AttentionImpl(cudaStream_t stream, ffi::RemainingArgs args,
                          ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse,
                          int64_t length_kv, int64_t is_causal, int64_t exact_lse,
-                         int64_t pv_accumulator, int64_t mma_sync) {
+                         int64_t pv_accumulator, int64_t mma_sync, int64_t masked, int64_t mask,
+                         int64_t segments, int64_t bias) {
   std::vector<ffi::AnyBuffer> in;
   std::vector<Buffer> described;
-  for (size_t i = 0; i < args.size(); ++i) {
-    auto arg = args.get<ffi::AnyBuffer>(i);
-    if (!arg) return arg.error();
-    in.push_back(*arg);
-    described.push_back(Describe(in.back()));
-  }
+  if (auto error = Collect(args, in, described); error.failure()) return error;
   Sizes sizes;
   const std::string message =
       CheckAttention(described, {Describe(*out), Describe(*lse)},
@@ -153,7 +257,11 @@ ffi::Error AttentionImpl(cudaStream_t stream, ffi::RemainingArgs args,
                       {"is_causal", static_cast<double>(is_causal)},
                       {"exact_lse", static_cast<double>(exact_lse)},
                       {"pv_accumulator", static_cast<double>(pv_accumulator)},
-                      {"mma_sync", static_cast<double>(mma_sync)}},
+                      {"mma_sync", static_cast<double>(mma_sync)},
+                      {"masked", static_cast<double>(masked)},
+                      {"mask", static_cast<double>(mask)},
+                      {"segments", static_cast<double>(segments)},
+                      {"bias", static_cast<double>(bias)}},
                      &sizes);
   if (!message.empty()) return Invalid(message);
 
@@ -182,47 +290,63 @@ ffi::Error AttentionImpl(cudaStream_t stream, ffi::RemainingArgs args,
   params.is_causal = is_causal != 0;
   params.exact_lse = exact_lse != 0;
   params.out_type = InputType(*out);
-  const bool fp16_accumulator = pv_accumulator == 16;
-#ifdef JAX_SAGE_SM90
-  // Of the recipes, those with names: FP8 with FP16 sums, FP16 with FP32 sums.
-  if (mma_sync == 0 && sizes.fp8_value == fp16_accumulator) {
-    int device = 0, major = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) {
-      error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    }
-    if (error != cudaSuccess) return FromCuda("attention", error);
-    if (major == 9) {
-      return FromCuda("attention", sizes.fp8_value ? sm90::LaunchAttentionFp8(params, stream)
-                                                   : sm90::LaunchAttentionFp16(params, stream));
-    }
-  }
-#endif
-  if (!sizes.fp8_value) {
-    return FromCuda("attention", mma::LaunchAttentionFp16(params, fp16_accumulator, stream));
+  if (masked != 0) {
+    params.per_counted_key = Data<float>(in[9]);
+    params.masks = ReadMasks(in, sizes.kinds);
   }
 #ifdef JAX_SAGE_NO_FP8_MMA
-  return Invalid(
-      "jax_sage: attention: no architecture of this build has E4M3 matrix instructions (sm_89 and "
-      "newer); use recipe=\"8+16\"");
-#else
-  return FromCuda("attention", mma::LaunchAttentionFp8(params, fp16_accumulator, stream));
+  if (sizes.fp8_value) {
+    return Invalid(
+        "jax_sage: attention: no architecture of this build has E4M3 matrix instructions (sm_89 "
+        "and newer); use recipe=\"8+16\"");
+  }
 #endif
+  cudaError_t error =
+      LaunchAttention(params, sizes.fp8_value, pv_accumulator == 16, mma_sync != 0, stream);
+  if (error == cudaSuccess && masked != 0) {
+    error = LaunchMark(params, {in[12].untyped_data(), in[13].untyped_data(), params.first_bad},
+                       stream);
+  }
+  return FromCuda("attention", error);
+}
+
+ffi::Error PackMaskImpl(cudaStream_t stream, ffi::AnyBuffer mask, ffi::Result<ffi::AnyBuffer> words,
+                        ffi::Result<ffi::AnyBuffer> views) {
+  PackSizes sizes;
+  const std::string message =
+      CheckPackMask({Describe(mask)}, {Describe(*words), Describe(*views)}, {}, &sizes);
+  if (!message.empty()) return Invalid(message);
+  PackParams params{};
+  params.mask = Data<uint8_t>(mask);
+  params.words = Data<uint32_t>(*words);
+  params.views = Data<uint8_t>(*views);
+  params.heads = sizes.heads;
+  params.length_q = static_cast<int>(sizes.length_q);
+  params.length_kv = static_cast<int>(sizes.length_kv);
+  params.padded_q = static_cast<int>(sizes.padded_q);
+  return FromCuda("pack_mask", LaunchPack(params, stream));
 }
 
 }  // namespace
 }  // namespace jax_sage
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSagePackMask, jax_sage::PackMaskImpl,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<xla::ffi::AnyBuffer>()   // mask [B, N, T, S]
+                                  .Ret<xla::ffi::AnyBuffer>()   // words
+                                  .Ret<xla::ffi::AnyBuffer>(),  // views
+                              {xla::ffi::Traits::kCmdBufferCompatible});
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageQuantize, jax_sage::QuantizeImpl,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
-                                  .Arg<xla::ffi::AnyBuffer>()  // query [*B, T, N, H]
-                                  .Arg<xla::ffi::AnyBuffer>()  // key [*B, S, K, H]
-                                  .Arg<xla::ffi::AnyBuffer>()  // value [*B, S, K, H]
+                                  .RemainingArgs()  // see CheckQuantize
                                   .RemainingRets()
                                   .Attr<float>("scale_log2")
                                   .Attr<int64_t>("smooth_k")
-                                  .Attr<int64_t>("smooth_v"),
+                                  .Attr<int64_t>("smooth_v")
+                                  .Attr<int64_t>("some_seen"),
                               {xla::ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageAttention, jax_sage::AttentionImpl,
@@ -236,5 +360,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageAttention, jax_sage::AttentionImpl,
                                   .Attr<int64_t>("exact_lse")
                                   .Attr<int64_t>("pv_accumulator")
                                   // 1: the kernel of cuda/mma even where there is a faster one.
-                                  .Attr<int64_t>("mma_sync"),
+                                  .Attr<int64_t>("mma_sync")
+                                  // What there is of masks: anything at all, a boolean mask,
+                                  // segment ids, a bias.
+                                  .Attr<int64_t>("masked")
+                                  .Attr<int64_t>("mask")
+                                  .Attr<int64_t>("segments")
+                                  .Attr<int64_t>("bias"),
                               {xla::ffi::Traits::kCmdBufferCompatible});

@@ -30,6 +30,7 @@ nb::dict FfiTargets() {
   nb::dict targets;
   targets["jax_sage_quantize"] = Target(JaxSageQuantize);
   targets["jax_sage_attention"] = Target(JaxSageAttention);
+  targets["jax_sage_pack_mask"] = Target(JaxSagePackMask);
   return targets;
 }
 
@@ -86,6 +87,9 @@ NB_MODULE(_cuda, m) {
         nb::arg("attrs"),
         "What is wrong with an attention call of these (dtype, dims) buffers and attributes, or "
         "None.");
+  m.def("check_pack_mask", &Check<CheckPackMask>, nb::arg("args"), nb::arg("results"),
+        nb::arg("attrs"),
+        "What is wrong with a pack_mask call of these (dtype, dims) buffers, or None.");
 }
 
 }  // namespace jax_sage

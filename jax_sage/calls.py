@@ -144,9 +144,7 @@ def _prepare(
     options = _options(call, rule)
     operands, params = prepare(call.query, call.key, call.value, **options, recipe=rule.recipe)
     if kernels.capabilities() and jax.default_backend() == "gpu":
-        reason = lowering_cuda.why_portable(
-            call.query, call.value, params["given"], params["band"], params["recipe"]
-        )
+        reason = lowering_cuda.why_portable(call.query, call.value, params["recipe"])
         if reason is not None:
             raise NotImplementedError(f"{reason}, and plain JAX would be slower than the model's")
     return operands, params, options

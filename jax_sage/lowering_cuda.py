@@ -7,16 +7,18 @@ C fragment of QKᵀ is an A fragment of PV without any exchange between threads:
 4t + 2h + e holds key 8h + 2t + e.
 """
 
+import functools
 import math
 import warnings
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import source_info_util
 
-from jax_sage import kernels, portable
-from jax_sage.masking import Band, Masks
+from jax_sage import kernels, mask_operands, portable, quantization
+from jax_sage.masking import Band, Masks, Segments, View
 from jax_sage.recipe import BLOCK_KV, Recipe
 
 BLOCK_Q = 128
@@ -45,7 +47,7 @@ def attention(
     ``mma_sync`` asks for the mma.sync kernel, which runs on every GPU that there are kernels for,
     where the device has a faster one of its own: so one machine can test both.
     """
-    reason = why_portable(query, value, masks.given(), band, recipe)
+    reason = why_portable(query, value, recipe)
     if reason is not None:
         # The stack is that of a compilation, which need not hold the call of jax_sage.attention.
         place = source_info_util.summarize(source_info_util.current())
@@ -58,52 +60,181 @@ def attention(
         return portable.attention(
             query, key, value, masks, scale_log2=scale_log2, band=band, recipe=recipe
         )
-    # Keys behind the last query are seen by none, and must not count in any statistics.
-    _, length_kv = band.reach(query.shape[-3], key.shape[-3])
-    if length_kv < key.shape[-3]:
-        key, value = key[..., :length_kv, :, :], value[..., :length_kv, :, :]
+    # Keys that no query sees must not count in any statistics.
+    _, end_kv = band.reach(query.shape[-3], key.shape[-3])
+    plain = not masks.given() and band in (Band(), CAUSAL)
+    if plain and end_kv < key.shape[-3]:
+        key, value = key[..., :end_kv, :, :], value[..., :end_kv, :, :]
     # One head dimension for all: zeros add nothing to scores, and what they give is cut off.
     value_dim, head_dim = value.shape[-1], max(query.shape[-1], value.shape[-1])
     query, key, value = (_pad_head_dim(x, head_dim) for x in (query, key, value))
-    quantized = quantize(query, key, value, scale_log2=scale_log2, recipe=recipe)
-    out, lse = jax.ffi.ffi_call(
-        "jax_sage_attention",
-        (
-            jax.ShapeDtypeStruct(query.shape, query.dtype),
-            jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32),
-        ),
-    )(
-        *quantized,
-        length_kv=np.int64(length_kv),
-        is_causal=np.int64(band == CAUSAL),
+    run = functools.partial(
+        _call_attention,
+        length_kv=np.int64(key.shape[-3]),
+        is_causal=np.int64(plain and band == CAUSAL),
         exact_lse=np.int64(exact_lse),
         pv_accumulator=np.int64({"fp16": 16, "fp32": 32}[recipe.pv_accumulator]),
         mma_sync=np.int64(mma_sync),
     )
+    if plain:
+        quantized = quantize(query, key, value, scale_log2=scale_log2, recipe=recipe)
+        out, lse = run(query, quantized, **dict.fromkeys(_MASK_KINDS, np.int64(0)))
+    else:
+        out, lse = _masked(
+            run, query, key, value, masks, scale_log2=scale_log2, band=band, recipe=recipe
+        )
     return out if value_dim == head_dim else out[..., :value_dim], lse
 
 
+_MASK_KINDS = ("masked", "mask", "segments", "bias")
+
+
+def _call_attention(
+    query: jax.Array, operands: Sequence[jax.Array], **attributes: np.int64
+) -> tuple[jax.Array, jax.Array]:
+    """The custom call: out in the shape and dtype of query, and lse."""
+    results = (
+        jax.ShapeDtypeStruct(query.shape, query.dtype),
+        jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32),
+    )
+    out, lse = jax.ffi.ffi_call("jax_sage_attention", results)(*operands, **attributes)
+    return out, lse
+
+
+def _masked(
+    run: Callable[..., tuple[jax.Array, jax.Array]],
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    masks: Masks,
+    *,
+    scale_log2: float,
+    band: Band,
+    recipe: Recipe,
+) -> tuple[jax.Array, jax.Array]:
+    *batch, length_q, _, _ = query.shape
+    length_kv, kv_heads = key.shape[-3:-1]
+    view = View(
+        masks,
+        band,
+        batch_rank=len(batch),
+        kv_heads=kv_heads,
+        length_q=length_q,
+        length_kv=length_kv,
+        padded_q=mask_operands.round_up(length_q, mask_operands.ROWS_PADDED),
+    )
+    operands = mask_operands.make(view, masks, batch, key, value)
+    size = (math.prod(batch), kv_heads)
+    if masks.query_segment_ids is not None:
+        return _by_segment(
+            run, query, key, value, masks, view, operands, scale_log2=scale_log2, recipe=recipe
+        )
+    if view.sees_everything():
+        quantized = quantize(query, key, value, scale_log2=scale_log2, recipe=recipe)
+        per_key = jnp.full(size, 1 / length_kv, jnp.float32)
+    else:
+        seen = mask_operands.flat_batch(view.seen_keys(), batch)
+        count = jnp.maximum(seen.sum(-1, dtype=jnp.float32), np.float32(1))
+        per_key = jnp.broadcast_to(np.float32(1) / count, size)
+        quantized = quantize(
+            query,
+            key,
+            value,
+            seen=(seen.astype(jnp.uint8), per_key),
+            scale_log2=scale_log2,
+            recipe=recipe,
+        )
+    return run(query, (*quantized, per_key, *operands.arrays), **operands.attributes)
+
+
+def _by_segment(
+    run: Callable[..., tuple[jax.Array, jax.Array]],
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    masks: Masks,
+    view: View,
+    operands: mask_operands.MaskOperands,
+    *,
+    scale_log2: float,
+    recipe: Recipe,
+) -> tuple[jax.Array, jax.Array]:
+    """Segments have means and scales of their own: they are quantized by XLA.
+
+    The kernel gives the average of V's codes; what V's scale and mean make of it depends on the
+    query's segment.
+    """
+    *batch, length_q, heads, head_dim = query.shape
+    length_kv, kv_heads = key.shape[-3:-1]
+    group = heads // kv_heads
+    assert masks.query_segment_ids is not None and masks.key_value_segment_ids is not None
+    segments = Segments.find(
+        jnp.broadcast_to(masks.query_segment_ids, (*batch, length_q)),
+        jnp.broadcast_to(masks.key_value_segment_ids, (*batch, length_kv)),
+    )
+    x = quantization.quantize(
+        query,
+        key,
+        value,
+        scale_log2=scale_log2,
+        recipe=recipe,
+        seen=view.seen_keys(),
+        segments=segments,
+    )
+    hp, tp, sp = _padded(head_dim, length_q, length_kv)
+    flat = math.prod(batch)
+    not_finite = ~(jnp.isfinite(key).all((-3, -1)) & jnp.isfinite(value).all((-3, -1)))
+    first_bad = jnp.where(not_finite, np.int32(0), np.int32(np.iinfo(np.int32).max))
+    codes = _pad_head_dim(x.v, hp).reshape(flat, kv_heads, sp, hp)
+    if recipe.pv == "fp8":
+        # See the layout above: 16 keys as [h, t, e] become [t, h, e].
+        sixteen = codes.reshape(flat, kv_heads, sp // 16, 2, 4, 2, hp)
+        codes = jnp.moveaxis(sixteen, (2, 4, 3, 5), (3, 4, 5, 6)).reshape(flat, kv_heads, hp, sp)
+    # V as it is: a scale of 1, and nothing taken from it.
+    channels = jnp.zeros((flat, kv_heads, 6, hp), jnp.float32).at[:, :, 3].set(1)
+
+    def padded_rows(a: jax.Array) -> jax.Array:  # [*B, N, T] -> [B, N, Tp]
+        return jnp.pad(a.reshape(flat, heads, length_q), [(0, 0), (0, 0), (0, tp - length_q)])
+
+    q = _pad_head_dim(x.q, hp).reshape(flat, heads, length_q, hp)
+    quantized = (
+        jnp.pad(q, [(0, 0), (0, 0), (0, tp - length_q), (0, 0)]),
+        padded_rows(x.q_scale),
+        padded_rows(x.q_dot_mean),
+        _pad_head_dim(x.k, hp).reshape(flat, kv_heads, sp, hp),
+        x.k_scale.reshape(flat, kv_heads, sp // BLOCK_KV, 4),
+        codes,
+        channels,
+        jnp.broadcast_to(first_bad.reshape(flat, kv_heads, 1, 1), (flat, kv_heads, 2, hp)),
+        jnp.zeros((flat, kv_heads, hp, 2), jnp.uint32),
+    )
+    per_key = jnp.ones((flat, kv_heads), jnp.float32)  # of no use: nothing was taken from V
+    # key and value of the caller are in the dtype of out: so is the average of V's codes.
+    out, lse = run(query, (*quantized, per_key, *operands.arrays), **operands.attributes)
+    scale, offset = (
+        jnp.swapaxes(quantization.look_up(a, segments.query_index), -2, -3)  # [*B, T, K, Hv]
+        for a in (x.v_scale, x.v_offset)
+    )
+    average = out.astype(jnp.float32).reshape(*batch, length_q, kv_heads, group, head_dim)
+    moved = average * scale[..., None, :] + offset[..., None, :]
+    nothing = jnp.isneginf(lse).reshape(*batch, length_q, kv_heads, group, 1)
+    moved = jnp.where(nothing, np.float32(0), moved)
+    return moved.reshape(out.shape).astype(out.dtype), lse
+
+
 # What no kernel takes yet, in the terms of the public call.
-NOT_IN_KERNELS = (
-    "bias, mask, lengths, segment ids, windows, causal_alignment='bottom_right' with T != S, and "
-    f"head dimensions above {MAX_HEAD_DIM}"
-)
+NOT_IN_KERNELS = f"head dimensions above {MAX_HEAD_DIM}"
 
 
-def why_portable(
-    query: jax.Array, value: jax.Array, given: tuple[str, ...], band: Band, recipe: Recipe
-) -> str | None:
+def why_portable(query: jax.Array, value: jax.Array, recipe: Recipe) -> str | None:
     """Why no kernel can run this call on the GPUs of this process, or None if one can."""
     reason = kernels.why_unavailable(recipe)
     if reason is not None:
         return reason
-    parts = list(given)
-    if band not in (Band(), CAUSAL):
-        parts.append("a window" if band.left is not None else "this alignment")
     head_dim = max(query.shape[-1], value.shape[-1])
     if head_dim > MAX_HEAD_DIM:
-        parts.append(f"head dimension {head_dim}")
-    return f"there is no kernel for {', '.join(parts)} yet" if parts else None
+        return f"there is no kernel for head dimension {head_dim} yet"
+    return None
 
 
 def _pad_head_dim(x: jax.Array, size: int) -> jax.Array:
@@ -119,14 +250,17 @@ def quantize(
     *,
     scale_log2: float,
     recipe: Recipe,
+    seen: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, ...]:
-    """The operands of the attention call, in its order. B is the product of the batch dims."""
+    """The operands of the attention call, in its order. B is the product of the batch dims.
+
+    ``seen``: whether a key counts, uint8 [B, K, S] or with ones, and 1 / how many do, float32
+    [B, K].
+    """
     batch = math.prod(query.shape[:-3])
     length_q, heads, head_dim = query.shape[-3:]
     length_kv, kv_heads = key.shape[-3:-1]
-    hp = 64 if head_dim <= 64 else 128
-    tp = -(-length_q // BLOCK_Q) * BLOCK_Q
-    sp = -(-length_kv // BLOCK_KV) * BLOCK_KV
+    hp, tp, sp = _padded(head_dim, length_q, length_kv)
     parts = min(-(-length_kv // _STATISTICS_TOKENS), _MAX_PARTS)
 
     def array(dtype: object, *shape: int) -> jax.ShapeDtypeStruct:
@@ -153,8 +287,16 @@ def quantize(
         query,
         key,
         value,
+        *(seen or ()),
         scale_log2=np.float32(scale_log2),
         smooth_k=np.int64(recipe.smooth_k),
         smooth_v=np.int64(recipe.smooth_v),
+        some_seen=np.int64(seen is not None),
     )
     return tuple(quantized)
+
+
+def _padded(head_dim: int, length_q: int, length_kv: int) -> tuple[int, int, int]:
+    """Hp, Tp and Sp."""
+    hp = 64 if head_dim <= 64 else 128
+    return hp, -(-length_q // BLOCK_Q) * BLOCK_Q, -(-length_kv // BLOCK_KV) * BLOCK_KV

@@ -155,8 +155,7 @@ class View:
         if self.bias is None:
             return visible, None
         bias = _part(_part(self.bias, row, rows, -2), column, columns, -1)
-        bias = bias.astype(jnp.float32) * _LOG2_E
-        return visible & ~(bias <= _f32(HIDING_BIAS)), bias  # NaN is seen
+        return visible & ~_hides(bias), bias.astype(jnp.float32) * _LOG2_E
 
     def sees_everything(self) -> bool:
         """Whether that is known without looking at any array."""
@@ -167,6 +166,10 @@ class View:
             and self.band.reach(self.length_q, self.length_kv) == (0, self.length_kv)
         )
 
+    def is_unlimited(self) -> bool:
+        """Whether no query is kept from any key by its position."""
+        return self.band == Band() and not self.has_lengths
+
     def seen_keys(self) -> jax.Array:
         """Whether a key is seen by any query of its key/value head: [*B, K, S] or with ones."""
         if self.mask is None and self.bias is None and self.query_segments is None:
@@ -174,6 +177,13 @@ class View:
             first, end = self.first.min(-1, keepdims=True), self.end.max(-1, keepdims=True)
             keys = jnp.arange(self.length_kv, dtype=jnp.int32)
             return ((first <= keys) & (keys < end))[..., None, :]
+        if self.query_segments is None and self.is_unlimited():
+            # One reduction, into which XLA fuses what it reads: nothing of size T·S is made.
+            visible = jnp.ones((1,) * 5, bool) if self.mask is None else self.mask
+            if self.bias is not None:
+                visible = visible & ~_hides(self.bias)
+            visible = visible.any((-3, -2))
+            return jnp.broadcast_to(visible, (*visible.shape[:-1], self.length_kv))
         zero = jnp.int32(0)
         shape = jax.eval_shape(lambda: self.block(zero, 1, zero, self.length_kv)[0])
         rows = max(1, min(self.padded_q, _ELEMENTS_PER_STEP // max(1, math.prod(shape.shape))))
@@ -188,6 +198,10 @@ class View:
         *batch, kv_heads, _, _, _ = shape.shape
         nothing = jnp.zeros((*batch, kv_heads, self.length_kv), bool)
         return lax.fori_loop(np.int32(0), np.int32(steps), body, nothing)
+
+
+def _hides(bias: jax.Array) -> jax.Array:
+    return bias.astype(jnp.float32) * _LOG2_E <= _f32(HIDING_BIAS)  # NaN is seen
 
 
 def _by_group(array: jax.Array | None, kv_heads: int) -> jax.Array | None:

@@ -2,8 +2,8 @@
 
 ``python jax_sage/record.py status`` (any Python, nothing installed) says whether the records are of
 the sources as they are: ``fresh``, or ``stale: <files>``. ``python -m jax_sage.record check`` runs
-the GPU tests, the accuracy table, the short benchmark and the image generator on this machine's GPU
-and writes its record. Both run in the root of a checkout.
+the GPU tests, the accuracy table, the short benchmark, that of masks and the image generator on
+this machine's GPU and writes its record. Both run in the root of a checkout.
 """
 
 import argparse
@@ -28,6 +28,7 @@ LOWERING = tuple(
         "attention",
         "kernels",
         "lowering_cuda",
+        "mask_operands",
         "masking",
         "primitive",
         "quantization",
@@ -81,7 +82,7 @@ def check(root: pathlib.Path) -> pathlib.Path:
     import jaxlib
 
     import jax_sage
-    from jax_sage import bench, kernels
+    from jax_sage import bench, bench_masks, kernels
 
     device = jax.local_devices()[0]
     module = kernels.module()
@@ -116,12 +117,15 @@ def check(root: pathlib.Path) -> pathlib.Path:
         "tests": tests,
         "accuracy": bench.accuracy(),
         "speed": bench.speed(bench.SHORT),
+        "masked_speed": bench_masks.masked_speed(bench_masks.SHAPE, print),
         "image_generation": run_example(root),
     }
     path = root / RECORDS / f"{device.device_kind.replace(' ', '-').lower()}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(bench.table(record["speed"]))
+    for row in record["masked_speed"]:
+        print(f"{row['case']}: {row['milliseconds']} ms, {row['times_plain_speed']} x plain")
     print(f"wrote {path}: {tests}")
     if tests["failed"] or not tests["passed"]:
         raise SystemExit("GPU tests failed.")
@@ -130,12 +134,12 @@ def check(root: pathlib.Path) -> pathlib.Path:
 
 def run_tests(root: pathlib.Path) -> dict[str, int]:
     """Runs the tests marked gpu; counts of passed, failed (errors included) and skipped."""
+    processes = min(14, os.cpu_count() or 1)  # most of the time goes to compilation
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder) / "report.xml"
         command = [sys.executable, "-P", "-m", "pytest", "tests"]
         subprocess.run(
-            # Several processes: most of the time goes to compilation.
-            [*command, "-m", "gpu", "-n", str(min(8, os.cpu_count() or 1)), f"--junitxml={report}"],
+            [*command, "-m", "gpu", "-n", str(processes), f"--junitxml={report}"],
             cwd=root,
             check=False,
         )

@@ -366,6 +366,15 @@ class MaskSuite:
 
     # lse, transformations.
 
+    @pytest.mark.parametrize("recipe", NAMED)
+    @pytest.mark.parametrize("name", COMBINATIONS)
+    def test_lse_costs_nothing_in_out(self, name, recipe):
+        """Without it a kernel may be another."""
+        q, k, v = reference.inputs("normal", QUERY, KEY)
+        options = {**COMBINATIONS[name], "recipe": recipe}
+        out, _ = attention(q, k, v, **options)
+        np.testing.assert_array_equal(jax_sage.attention(q, k, v, **options), out)
+
     def test_bias_that_is_alike_for_all_keys(self):
         """It moves lse and nothing else."""
         q, k, v = reference.inputs("normal", QUERY, KEY)

@@ -1,12 +1,13 @@
-"""A few small attentions, for compute-sanitizer (test_gpu.py): both recipes, odd sizes, causal."""
+"""A few small attentions, for compute-sanitizer (test_gpu.py): both recipes, odd sizes, masks."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
 
 from jax_sage import RECIPES, lowering_cuda
-from jax_sage.masking import Band
+from jax_sage.masking import Band, Masks
 
 CASES = [
     # (batch, T, S, N, K, H, dtype, recipe, is_causal)
@@ -21,6 +22,49 @@ CASES = [
 # More query tiles (288) than any GPU has SMs, more tiles of keys than stages: a persistent kernel
 # goes round. Those on mma.sync are not persistent.
 MANY_TILES = (2, 1100, 700, 16, 2, 64, "bfloat16", "8+8", True)
+
+
+# What masks a call has besides its window: (mask, bias, segments, lengths).
+MASKS = [
+    (True, False, False, False),
+    (False, True, False, True),
+]
+SEGMENTS = (True, True, True, True)
+MASKED_SHAPE = (2, 150, 300, 2, 1, 64)
+
+
+def run_masked(
+    recipe: str, mask: bool, bias: bool, segments: bool, lengths: bool, mma_sync: bool
+) -> None:
+    batch, length_q, length_kv, heads, kv_heads, head_dim = MASKED_SHAPE
+    scores = (batch, heads, length_q, length_kv)
+
+    def ids(length: int) -> jax.Array:
+        return jnp.broadcast_to(jnp.arange(length) * 4 // length, (batch, length))
+
+    q = jnp.ones((batch, length_q, heads, head_dim), jnp.bfloat16)
+    k = jnp.ones((batch, length_kv, kv_heads, head_dim), jnp.bfloat16)
+    masks = Masks(
+        mask=jnp.arange(length_kv).reshape(1, 1, 1, -1) % 3 > 0 if mask else None,
+        bias=jnp.zeros(scores, jnp.float32) if bias else None,
+        query_segment_ids=jnp.arange(batch * length_q).reshape(batch, -1) // 40
+        if segments
+        else None,
+        key_value_segment_ids=(
+            jnp.arange(batch * length_kv).reshape(batch, -1) // 80 if segments else None
+        ),
+        key_value_seq_lengths=jnp.array([length_kv, 70]) if lengths else None,
+    )
+    attention = functools.partial(
+        lowering_cuda.attention,
+        scale_log2=0.1,
+        band=Band(left=100),
+        exact_lse=True,
+        recipe=RECIPES[recipe],
+        mma_sync=mma_sync,
+    )
+    out, lse = jax.jit(attention)(q, k, k, masks)
+    assert bool(((out == 1).all(-1) == (lse > -jnp.inf)).all())
 
 
 def run(
@@ -50,10 +94,17 @@ def run(
 
 
 def main() -> None:
-    for mma_sync in (False, True):
-        for case in CASES:
-            run(*case, mma_sync)
-    run(*MANY_TILES, mma_sync=False)
+    if sys.argv[1] == "plain":
+        for mma_sync in (False, True):
+            for case in CASES:
+                run(*case, mma_sync)
+        run(*MANY_TILES, mma_sync=False)
+    else:
+        for mma_sync in (False, True):
+            for recipe in RECIPES:
+                for masks in MASKS:
+                    run_masked(recipe, *masks, mma_sync)
+        run_masked("8+8", *SEGMENTS, mma_sync=False)
     print("all cases ran")
 
 

@@ -284,3 +284,13 @@ def test_accuracy():
     assert len(errors) == 6
     for kind in ("normal", "outlier", "heavy"):
         assert 0 < errors["8+16", kind] < errors["8+8", kind] < 0.06
+
+
+def test_masked_speed():
+    from jax_sage import bench_masks
+
+    rows = bench_masks.masked_speed(bench.Shape(1, 64, 2, 2, 16, False), print)
+    assert rows[0]["case"] == "plain"
+    assert rows[0]["times_plain_speed"] == 1
+    assert len(rows) == 8
+    assert all(row["milliseconds"] > 0 for row in rows)

@@ -230,28 +230,51 @@ def test_the_warning_names_the_line_that_calls_attention(monkeypatch):
         traced.lower(lowering_platforms=("cuda",))
 
 
-NOT_IN_KERNELS = {
+MASKED = {
     "bias": {"bias": np.zeros((1, 1, 1, 100), np.float32)},
     "mask": {"mask": np.ones((2, 100, 100), bool)},
-    "query_seq_lengths": {"query_seq_lengths": np.array([7])},
-    "key_value_segment_ids": {
+    "lengths": {"query_seq_lengths": np.array([7])},
+    "segments": {
         "query_segment_ids": np.zeros((1, 100), np.int32),
         "key_value_segment_ids": np.zeros((1, 100), np.int32),
     },
-    "a window": {"local_window_size": 9},
-    "this alignment": {"causal_alignment": "bottom_right", "is_causal": True},
+    "window": {"local_window_size": 9},
+    "alignment": {"causal_alignment": "bottom_right", "is_causal": True},
 }
 
 
 @needs_module
-@pytest.mark.parametrize("name", NOT_IN_KERNELS)
-def test_what_kernels_do_not_take_is_lowered_to_portable_with_a_warning(name):
-    key = (1, 130, 2, 40) if name == "this alignment" else (1, 100, 2, 40)
-    message = f"portable JAX.*there is no kernel for .*{name}"
-    with pytest.warns(kernels.PortableWarning, match=message):
-        text = lower((1, 100, 2, 40), key, **NOT_IN_KERNELS[name])
-    assert "stablehlo.while" in text
-    assert custom_calls(text) == {}
+@pytest.mark.parametrize("name", MASKED)
+def test_masks_are_lowered_to_kernels(name):
+    key = (1, 130, 2, 40) if name == "alignment" else (1, 100, 2, 40)
+    calls = custom_calls(lower((1, 100, 2, 40), key, **MASKED[name]))
+    attention = calls["jax_sage_attention"]
+    assert attribute(attention, "masked") == ("1", "i64")
+    assert attribute(attention, "is_causal") == ("0", "i64")  # the rows say it
+    for part in ("mask", "segments", "bias"):
+        assert attribute(attention, part) == (str(int(name == part)), "i64")
+    assert ("jax_sage_pack_mask" in calls) == (name == "mask")
+    # Segments have statistics of their own, which XLA makes.
+    assert ("jax_sage_quantize" in calls) == (name != "segments")
+    if name != "segments":
+        seen = name in ("mask", "bias", "lengths")  # the others' queries see all keys between them
+        assert attribute(calls["jax_sage_quantize"], "some_seen") == (str(int(seen)), "i64")
+
+
+@needs_module
+def test_masks_stay_as_small_as_they_were_given():
+    """Neither heads nor queries that are alike are expanded, and nothing else is of size T·S."""
+    mask, bias = np.ones((1, 1, 512, 640), bool), np.zeros((1, 1, 1, 640), np.float16)
+    text = lower((2, 512, 4, 64), (2, 640, 4, 64), mask=mask, bias=bias)
+    calls = custom_calls(text)
+    assert signature(calls["jax_sage_pack_mask"]) == (
+        [((1, 1, 512, 640), "i1")],
+        [((1, 1, 5, 512, 4), "ui32"), ((1, 1, 8, 5), "ui8")],
+    )
+    operands, _ = signature(calls["jax_sage_attention"])
+    assert operands[-1] == ((1, 1, 1, 640), "f16")
+    large = {t for t in tensor_types(text) if math.prod(t[0]) >= 2 * 4 * 512 * 640}
+    assert large == set()
 
 
 @needs_module
@@ -340,37 +363,78 @@ def right_call(which, recipe="8+8", query=(2, 300, 4, 80), key=(2, 1100, 2, 80))
     k = jax.ShapeDtypeStruct(key, jnp.bfloat16)
     f = functools.partial(lowering_cuda.quantize, scale_log2=0.2, recipe=RECIPES[recipe])
     quantized = [describe(x) for x in jax.eval_shape(f, q, k, k)]
-    if which == "quantize":
+    batch, tokens, heads, kv_heads = query[0], key[-3], query[-2], key[-2]
+    tiles, groups = -(-tokens // 128), -(-query[-3] // 128) * 2
+    if which == "pack_mask":
+        words = ("U32", [batch, heads, tiles, groups * 64, 4])
+        return (
+            [("PRED", [batch, heads, query[-3], tokens])],
+            [words, ("U8", [batch, heads, groups, tiles])],
+            {},
+        )
+    if which.startswith("quantize"):
         v = quantized[5][1]
         parts = ("F32", [*v[:2], 3, 6, quantized[3][1][3]])
-        attrs = {"scale_log2": 0.2, "smooth_k": 1.0, "smooth_v": 0.0}
+        attrs = {"scale_log2": 0.2, "smooth_k": 1.0, "smooth_v": 0.0, "some_seen": 0.0}
         arrivals = ("S32", [*v[:2], 2])
-        return [describe(q), describe(k), describe(k)], [*quantized, parts, arrivals], attrs
+        args = [describe(q), describe(k), describe(k)]
+        if which == "quantize of seen":
+            attrs["some_seen"] = 1.0
+            args += [("U8", [batch, kv_heads, tokens]), ("F32", [batch, kv_heads])]
+        return args, [*quantized, parts, arrivals], attrs
     attrs = {
         "length_kv": float(key[-3]),
         "is_causal": 1.0,
         "exact_lse": 0.0,
         "pv_accumulator": 16.0,
         "mma_sync": 0.0,
+        **dict.fromkeys(("masked", "mask", "segments", "bias"), 0.0),
     }
+    if which == "attention with masks":
+        attrs |= dict.fromkeys(("masked", "mask", "segments", "bias"), 1.0) | {"is_causal": 0.0}
+        quantized += [
+            ("F32", [batch, kv_heads]),
+            ("S32", [batch, groups * 64, 2]),
+            ("S32", [batch, groups, 4]),
+            describe(k),
+            describe(k),
+            ("U32", [batch, heads, tiles, groups * 64, 4]),
+            ("U8", [batch, heads, groups, tiles]),
+            ("S32", [batch, groups * 64]),
+            ("S32", [batch, tiles * 128]),
+            ("S32", [batch, groups, 2]),
+            ("S32", [batch, tiles, 2]),
+            ("F16", [batch, heads, query[-3], tiles * 128]),
+        ]
     return quantized, [describe(q), ("F32", list(query[:-1]))], attrs
 
 
+MASKS = ["per_counted_key", "rows", "groups", "key", "value", "words", "views", "query_ids",
+         "key_ids", "query_ranges", "key_ranges", "bias"]  # fmt: skip
 NAMES = {
     "quantize": (["query", "key", "value"], [*QUANTIZED, "partials", "arrivals"]),
+    "quantize of seen": (
+        ["query", "key", "value", "seen", "per_counted_key"],
+        [*QUANTIZED, "partials", "arrivals"],
+    ),
     "attention": (QUANTIZED, ["out", "lse"]),
+    "attention with masks": ([*QUANTIZED, *MASKS], ["out", "lse"]),
+    "pack_mask": (["mask"], ["words", "views"]),
 }
-CALLS = [("quantize", "8+8"), ("quantize", "8+16"), ("attention", "8+8"), ("attention", "8+16")]
+CALLS = [(which, recipe) for which in list(NAMES)[:4] for recipe in RECIPES]
+CALLS.append(("pack_mask", "8+8"))
 
 
 def complaint(which, args, results, attrs):
-    return getattr(kernels.module(), f"check_{which}")(args, results, attrs)
+    return getattr(kernels.module(), f"check_{which.split()[0]}")(args, results, attrs)
 
 
 @needs_module
 @pytest.mark.parametrize(("which", "recipe"), CALLS)
 def test_right_calls_pass(which, recipe):
     assert complaint(which, *right_call(which, recipe)) is None
+    if which not in ("quantize", "attention"):
+        return
     shapes = [((300, 4, 128), (64, 1, 128)), ((1, 2, 3, 1, 4, 1), (1, 2, 3, 1100, 4, 1))]
     for query, key in shapes:
         call = right_call(which, recipe, query, key)
@@ -398,6 +462,8 @@ def corruptions(which, recipe):
                 for wrong in (size + 1, size * 2, 0, -1, 1 << 40):
                     if name == "partials" and axis == 2 and 0 < wrong <= TIGHT["key"][1]:
                         continue  # any number of parts is right
+                    if name == "mask" and axis == 3 and wrong == size + 1:
+                        continue  # another mask, in as many tiles
                     yield name, side, i, (dtype, [*dims[:axis], wrong, *dims[axis + 1 :]])
 
 
@@ -411,12 +477,12 @@ def test_each_wrong_buffer_is_reported(which, recipe):
         message = complaint(which, *call)
         where = f"{which}: {name} = {buffer}"
         assert message is not None, where
-        assert message.startswith(f"jax_sage: {which}: "), (where, message)
+        assert message.startswith(f"jax_sage: {which.split()[0]}: "), (where, message)
         # A wrong size of an argument may only be seen in a buffer that does not fit it.
         names = [*NAMES[which][0], *NAMES[which][1], "heads"]
         assert any(re.search(rf"\b{n}\b", message) for n in names), message
         tried += 1
-    assert tried > 100
+    assert tried > (20 if which == "pack_mask" else 100)
 
 
 @needs_module
@@ -427,7 +493,8 @@ def test_wrong_dtypes_are_named(which, recipe):
         for i, name in enumerate(NAMES[which][side]):
             call = right_call(which, recipe)
             call[side][i] = ("C64", call[side][i][1])
-            assert f"jax_sage: {which}: {name} is C64" in complaint(which, *call)
+            check = which.split()[0]
+            assert f"jax_sage: {check}: {name} is C64" in complaint(which, *call)
 
 
 @needs_module
@@ -437,6 +504,12 @@ def test_wrong_dtypes_are_named(which, recipe):
         ("quantize", "scale_log2", [math.inf, math.nan]),
         ("quantize", "smooth_k", [2, -1, 0.5]),
         ("quantize", "smooth_v", [2, -1, math.nan]),
+        ("quantize", "some_seen", [2, -1, math.nan]),
+        ("attention", "masked", [2, -1, math.nan]),
+        ("attention with masks", "is_causal", [1, 2]),
+        ("attention with masks", "mask", [2, -1]),
+        ("attention with masks", "segments", [2, -1]),
+        ("attention with masks", "bias", [2, -1]),
         ("attention", "is_causal", [2, -1, math.nan]),
         ("attention", "exact_lse", [2, -1, math.nan]),
         ("attention", "pv_accumulator", [0, 8, 17, 64, math.nan]),
@@ -466,7 +539,25 @@ def test_length_kv_must_fit_the_buffers():
 
 
 @needs_module
-@pytest.mark.parametrize("which", ["quantize", "attention"])
+def test_masks_may_have_ones():
+    """For a dimension that is alike for all."""
+    args, results, attrs = right_call("attention with masks")
+    names = NAMES["attention with masks"][0]
+    for name, axis in [
+        ("rows", 0), ("groups", 0), ("words", 0), ("words", 1), ("words", 3), ("views", 2),
+        ("query_ids", 0), ("key_ranges", 0), ("bias", 0), ("bias", 1), ("bias", 2),
+    ]:  # fmt: skip
+        dtype, dims = args[names.index(name)]
+        args[names.index(name)] = (dtype, [*dims[:axis], 1, *dims[axis + 1 :]])
+        assert complaint("attention", args, results, attrs) is None, (name, axis)
+    dtype, dims = args[-1]
+    args[-1] = (dtype, [*dims[:3], 2])  # two columns stand for all keys
+    assert complaint("attention", args, results, attrs) is None
+    assert "bias is F16" in complaint("attention", [*args[:-1], (dtype, [1] * 4)], results, attrs)
+
+
+@needs_module
+@pytest.mark.parametrize("which", NAMES)
 def test_wrong_counts_are_reported(which):
     for side, kind in ((0, "arguments"), (1, "results")):
         for change in (lambda x: x[:-1], lambda x: [*x, x[-1]], lambda x: []):

@@ -1,11 +1,43 @@
 // What every attention kernel is given.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include <cstdint>
 
 #include "common/layout.h"
 
 namespace jax_sage {
+
+// What each query sees. Dimensions that are 1 for all alike have a stride of 0.
+struct MaskParams {
+  // Query t sees keys of rows[t].x to rows[t].y - 1 only: [B, Tp]. Of each kMaskRows queries
+  // [B, Tp / kMaskRows]: least first, greatest end, greatest first, least end.
+  const int2* rows;  // null: plain attention, nothing of this struct is read
+  const int4* groups;
+  int64_t row_stride, group_stride;  // of batch entries
+
+  // Boolean mask, or null. Bit 2n + e of word [B, N, S / kMaskKeys, Tp, 4], index j of the last:
+  // whether the query sees key 8n + 2j + e of the tile. Of each group and tile
+  // [B, N, Tp / kMaskRows, S / kMaskKeys] a TileView.
+  const uint32_t* words;
+  const uint8_t* views;
+  int64_t word_batch_stride, word_head_stride, view_batch_stride, view_head_stride;
+  int word_row_stride, word_tile_stride, view_group_stride;
+
+  // Segment ids [B, Tp] and [B, S], or null, and the least and greatest of each group and tile.
+  const int* query_ids;
+  const int* key_ids;
+  const int2* query_ranges;
+  const int2* key_ranges;
+  int64_t query_id_stride, key_id_stride, query_range_stride, key_range_stride;
+
+  // Bias [B, N, T, S or 2], or null; rows are aligned to two elements. With a column stride of 0
+  // all keys have the same.
+  const void* bias;
+  DType bias_type;
+  int64_t bias_batch_stride, bias_head_stride, bias_row_stride, bias_column_stride;
+};
 
 // Tp and Sp are the padded lengths, Hp the padded head dimension (64 or 128).
 struct AttentionParams {
@@ -33,6 +65,8 @@ struct AttentionParams {
   bool is_causal;
   bool exact_lse;  // if not, lse may come from the sum of the rounded P
   DType out_type;
+  const float* per_counted_key;  // per_key of the keys that count, [B, K]; null: all count
+  MaskParams masks;
 };
 
 }  // namespace jax_sage

@@ -29,8 +29,9 @@ __device__ __forceinline__ Position FindPosition(const AttentionParams& params, 
   const unsigned q_tiles = (params.length_q + kQueries - 1) / kQueries;
   const unsigned all_heads = blocks / q_tiles;
   unsigned head, q_index;
-  if (params.is_causal) {
-    // The longest first, over all heads, so that the short ones fill the end.
+  if (params.is_causal || params.masks.rows != nullptr) {
+    // The longest first, over all heads, so that the short ones fill the end; and so that heads
+    // which share a mask or a bias read the same part of it at the same time.
     q_index = q_tiles - 1 - block / all_heads;
     head = block % all_heads;
   } else {
@@ -97,8 +98,12 @@ __device__ __forceinline__ void PrepareOutput(OutputTable<kHeadDim>& table,
   const float* channels = params.channels + position.kv_head * kChannelRows * kHeadDim;
   const int32_t* first_bad = params.first_bad + position.kv_head * kBadRows * kHeadDim;
   const long long* code_sum = params.value_code_sum + position.kv_head * kHeadDim;
+  const float per_key = params.per_counted_key != nullptr ? params.per_counted_key[position.kv_head]
+                                                          : params.per_key;
+  // With masks, what is not finite is marked later: who sees it is not a matter of the first key.
+  const bool masked = params.masks.rows != nullptr;
   if (thread == 0) {
-    table.first_bad_key = first_bad[kBadKey * kHeadDim];
+    table.first_bad_key = masked ? kNever : first_bad[kBadKey * kHeadDim];
     table.first_query = position.first_row;
     table.query_row = position.head * params.padded_q;
     table.output_row = position.head / params.heads * params.length_q * params.heads +
@@ -109,11 +114,11 @@ __device__ __forceinline__ void PrepareOutput(OutputTable<kHeadDim>& table,
     const float scale = channels[kValueScale * kHeadDim + c];
     const float average = channels[kValueAverage * kHeadDim + c];
     const float code_mean =
-        static_cast<float>(static_cast<double>(code_sum[c]) * kCodeUnit) * params.per_key;
+        static_cast<float>(static_cast<double>(code_sum[c]) * kCodeUnit) * per_key;
     table.scale[c] = scale;
     // 0: nothing was taken from V, and nothing is given back.
     table.offset[c] = average == 0 ? 0 : average - scale * code_mean;
-    table.first_bad[c] = first_bad[kBadValue * kHeadDim + c];
+    table.first_bad[c] = masked ? kNever : first_bad[kBadValue * kHeadDim + c];
   }
 }
 
@@ -179,6 +184,7 @@ __device__ __forceinline__ void FinishRows(const AttentionParams& params,
     if ((lane & 3) == 0 && this_row < params.length_q) {
       float lse = CUDART_LN2_F * (max[half] + log2f(total) - kLog2PMax + q_dot_mean[half]);
       if (table.first_bad_key <= last_key[half] || isnan(norm[half])) lse = kNan;
+      if (norm[half] == 0) lse = -kInf;  // nothing seen, whatever the query
       params.lse[table.output_row + static_cast<int64_t>(this_row) * params.heads] = lse;
     }
   }

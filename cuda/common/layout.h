@@ -27,6 +27,12 @@ constexpr int32_t kNever = 0x7fffffff;
 // on its order. 2^63 / (1.875 * 2^24) leaves room for 10^11 keys.
 constexpr float kCodeUnit = 0x1p-24f;
 
+constexpr int kMaskRows = 64;   // queries, and keys, of which it is known together whether all or
+constexpr int kMaskKeys = 128;  // none of them are seen
+// A bias (base 2) from here down hides its key.
+constexpr float kHidingBias = -0x1p23f;
+constexpr float kLog2E = 1.44269504f;
+
 // Rows of the `channels` buffer [B, K, kChannelRows, Hp].
 enum ChannelRow : int {
   kKeyMean = 0,       // subtracted from K

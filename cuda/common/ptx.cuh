@@ -35,6 +35,12 @@ __device__ __forceinline__ X LoadSharedAs(uint32_t shared) {
                  : "=r"(*reinterpret_cast<uint32_t*>(&x))
                  : "r"(shared)
                  : "memory");
+  } else if constexpr (sizeof(X) == 8) {
+    uint32_t (&words)[2] = *reinterpret_cast<uint32_t (*)[2]>(&x);
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(words[0]), "=r"(words[1])
+                 : "r"(shared)
+                 : "memory");
   } else {
     static_assert(sizeof(X) == 16);
     uint32_t (&words)[4] = *reinterpret_cast<uint32_t (*)[4]>(&x);

@@ -19,6 +19,7 @@
 
 #include "common/epilogue.cuh"
 #include "common/layout.h"
+#include "common/masks.cuh"
 #include "common/ptx.cuh"
 #include "mma/attention.h"
 
@@ -96,9 +97,11 @@ struct AccF32 {
   __device__ float2 Row(int half) const { return make_float2(c[2 * half], c[2 * half + 1]); }
 };
 
-template <class Pv_, class Acc_, int kHeadDim_, int kWarps_>
+template <class Pv_, class Acc_, int kHeadDim_, int kWarps_, Masking kMasking = Masking::kPlain>
 struct Traits {
   using Pv = Pv_;
+  static constexpr bool kMasked = kMasking != Masking::kPlain;
+  static constexpr bool kBiased = kMasking == Masking::kBiased;
   using Acc = Acc_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kWarps = kWarps_;
@@ -147,24 +150,35 @@ struct RowState {
   float quantized_sum[2] = {0, 0};
 };
 
-template <bool kMasked>
+// With kBiased p holds the bias at first.
+template <bool kBiased, class Seen>
 __device__ __forceinline__ void Softmax(const int32_t (&s)[kBlockKv / 8][4],
                                         float (&p)[kBlockKv / 8][4], RowState& state,
                                         float (&alpha)[2], const float (&scale)[2],
-                                        const int (&visible)[2]) {
+                                        const Seen& seen) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    // visible: this thread's column 8n + e (e = 0, 1) is seen if 8n + e < visible.
     int32_t best = INT32_MIN;
+    float tile_max = -kInf;
 #pragma unroll
     for (int n = 0; n < kBlockKv / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        if (!kMasked || 8 * n + e < visible[half]) best = max(best, s[n][2 * half + e]);
+        if (!seen(half, 8 * n + e)) continue;
+        if constexpr (kBiased) {
+          float& bias = p[n][2 * half + e];
+          bias *= kLog2E;
+          if (bias <= kHidingBias) bias = -kInf;
+          tile_max = fmaxf(tile_max, fmaf(static_cast<float>(s[n][2 * half + e]), scale[half],
+                                          bias));
+        } else {
+          best = max(best, s[n][2 * half + e]);
+        }
       }
     }
-    float tile_max = static_cast<float>(best) * scale[half];
-    if (kMasked && best == INT32_MIN) tile_max = -kInf;
+    if constexpr (!kBiased) {
+      if (!Seen::kMasked || best != INT32_MIN) tile_max = static_cast<float>(best) * scale[half];
+    }
     tile_max = fmaxf(tile_max, __shfl_xor_sync(0xffffffffu, tile_max, 1));
     tile_max = fmaxf(tile_max, __shfl_xor_sync(0xffffffffu, tile_max, 2));
     const float new_max = fmaxf(state.max[half], ceilf(tile_max));
@@ -177,8 +191,9 @@ __device__ __forceinline__ void Softmax(const int32_t (&s)[kBlockKv / 8][4],
     for (int n = 0; n < kBlockKv / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        float x = ptx::Exp2(fmaf(static_cast<float>(s[n][2 * half + e]), scale[half], offset));
-        if (kMasked && 8 * n + e >= visible[half]) x = 0;
+        const float shift = kBiased ? offset + p[n][2 * half + e] : offset;
+        float x = ptx::Exp2(fmaf(static_cast<float>(s[n][2 * half + e]), scale[half], shift));
+        if (!seen(half, 8 * n + e)) x = 0;
         p[n][2 * half + e] = x;
         sum += x;
       }
@@ -212,7 +227,38 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
   const Position position = FindPosition<kBlockQ>(params, BlockIndex(), gridDim.x);
   const int warp_row = position.first_row + warp * 16 * T::kTilesM;
 
-  const int tiles = CountTiles<kBlockKv>(params, position.first_row, kBlockQ);
+  // The tiles that queries of this CTA may see: [first_tile, tiles), with masks not all of them.
+  int tiles = CountTiles<kBlockKv>(params, position.first_row, kBlockQ), first_tile = 0;
+  const int first_group = position.first_row / kMaskRows;
+  const int groups = min(kBlockQ, params.length_q - position.first_row + kMaskRows - 1) / kMaskRows;
+  const auto batch = [&] { return static_cast<int>(position.head) / params.heads; };
+  const auto head = [&] { return static_cast<int>(position.head) % params.heads; };
+  const auto view_of = [&](int group, int tile) {
+    return ViewOfTile(params.masks, batch(), head(), group, tile * kBlockKv,
+                      (tile + 1) * kBlockKv);
+  };
+  // The first from `tile` on that anyone may see.
+  const auto find = [&](int tile) {
+    if constexpr (T::kMasked) {
+      for (; tile < tiles; ++tile) {
+        for (int group = 0; group < groups; ++group) {
+          if (view_of(first_group + group, tile) != kNone) return tile;
+        }
+      }
+    }
+    return tile;
+  };
+  if constexpr (T::kMasked) {
+    int first_key = params.length_kv, end_key = 0;
+    for (int group = 0; group < groups; ++group) {
+      const int4 bounds =
+          __ldg(params.masks.groups + batch() * params.masks.group_stride + first_group + group);
+      first_key = min(first_key, bounds.x);
+      end_key = max(end_key, bounds.y);
+    }
+    tiles = (end_key + kBlockKv - 1) / kBlockKv;
+    first_tile = find(first_key / kBlockKv);
+  }
 
   // In global memory the keys of a tile are a range of columns of V^T, or of rows of V.
   const int64_t v_row_bytes = Pv::kTransposedV ? params.padded_kv : T::kVRowBytes;
@@ -227,8 +273,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
   const unsigned first_block =
       static_cast<unsigned>(position.kv_head) * (params.padded_kv / kBlockKv);
 
-  auto load_kv = [&](int tile) {
-    const uint32_t stage = stages + (tile % T::kStages) * T::kStageBytes;
+  auto load_kv = [&](int tile, int step) {
+    const uint32_t stage = stages + (step % T::kStages) * T::kStageBytes;
     LoadTile<kBlockKv, kHeadDim, T::kThreads>(
         stage, k_global + static_cast<int64_t>(tile) * kBlockKv * kHeadDim, kHeadDim);
     LoadTile<T::kVRows, T::kVRowBytes, T::kThreads>(stage + T::kKBytes,
@@ -245,20 +291,37 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
     ptx::CopyAsync16(q_scales + threadIdx.x * 16, params.q_scale + position.head * params.padded_q +
                                                       position.first_row + threadIdx.x * 4);
   }
-  load_kv(0);
+  if (T::kMasked && first_tile >= tiles) {
+    ptx::CopyAsyncCommit();
+  } else {
+    load_kv(first_tile, 0);
+  }
 
   float o[T::kTilesM][kTilesD][4] = {};
   RowState state[T::kTilesM];
 
-  for (int tile = 0; tile < tiles; ++tile) {
+  int masked_next = 0, masked_step = 0;
+  for (int tile = first_tile; tile < tiles;
+       tile = T::kMasked ? masked_next : tile + 1, ++masked_step) {
+    const int step = T::kMasked ? masked_step : tile;
     ptx::CopyAsyncWait<0>();
     __syncthreads();  // tile has arrived for all, and all are done with the other stage
-    if (tile + 1 < tiles) load_kv(tile + 1);
-    const uint32_t k_tile = stages + (tile % T::kStages) * T::kStageBytes;
+    if constexpr (T::kMasked) {
+      masked_next = find(tile + 1);
+      if (masked_next < tiles) load_kv(masked_next, step + 1);
+    } else {
+      if (tile + 1 < tiles) load_kv(tile + 1, tile + 1);
+    }
+    const uint32_t k_tile = stages + (step % T::kStages) * T::kStageBytes;
     const uint32_t v_tile = k_tile + T::kKBytes;
     const int first_key = tile * kBlockKv;
+    TileView view = kAll;
+    if constexpr (T::kMasked) {
+      view = view_of(warp_row / kMaskRows, tile);
+      if (view == kNone) continue;
+    }
     // A whole warp above the diagonal has nothing to do with this tile.
-    if (params.is_causal && first_key > warp_row + 16 * T::kTilesM - 1) continue;
+    if (!T::kMasked && params.is_causal && first_key > warp_row + 16 * T::kTilesM - 1) continue;
 
     int32_t s[T::kTilesM][T::kTilesN][4] = {};
 #pragma unroll
@@ -293,17 +356,34 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
       const float k_scale = ptx::LoadSharedAs<float>(v_tile + T::kVBytes + (lane & 3) * 4);
       const float scale[2] = {ptx::LoadSharedAs<float>(q_scale) * k_scale,
                               ptx::LoadSharedAs<float>(q_scale + 8 * 4) * k_scale};
-      int visible[2] = {};
-      if (masked) {
+      const int row = warp_row + m * 16 + lane / 4;
+      if constexpr (T::kBiased) {
+        float bias[1][kBlockKv / 2];
+        BiasRows(params, batch(), head(), row).Load(bias, first_key, lane);
+#pragma unroll
+        for (int i = 0; i < kBlockKv / 2; ++i) p[i / 4][i % 4] = bias[0][i];
+      }
+      if (T::kMasked && view == kSome) {
+        SeenKeys seen;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int row = warp_row + m * 16 + half * 8 + lane / 4;
-          const int end = params.is_causal ? min(row + 1, params.length_kv) : params.length_kv;
-          visible[half] = end - first_key - 2 * (lane & 3);
+          const int2 interval = __ldg(params.masks.rows + batch() * params.masks.row_stride + row +
+                                      8 * half);
+          seen.bits[half] = SeenOfBlock(params.masks, batch(), head(), row + 8 * half, interval,
+                                        first_key, lane);
         }
-        Softmax<true>(s[m], p, state[m], alpha[m], scale, visible);
+        Softmax<T::kBiased>(s[m], p, state[m], alpha[m], scale, seen);
+      } else if (!T::kMasked && masked) {
+        KeysBelow seen;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int this_row = warp_row + m * 16 + half * 8 + lane / 4;
+          const int end = params.is_causal ? min(this_row + 1, params.length_kv) : params.length_kv;
+          seen.end[half] = end - first_key - 2 * (lane & 3);
+        }
+        Softmax<T::kBiased>(s[m], p, state[m], alpha[m], scale, seen);
       } else {
-        Softmax<false>(s[m], p, state[m], alpha[m], scale, visible);
+        Softmax<T::kBiased>(s[m], p, state[m], alpha[m], scale, Everything());
       }
 #pragma unroll
       for (int ks = 0; ks < T::kSteps; ++ks) Pv::Pack(a[m][ks], p, ks);
@@ -353,6 +433,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
   using Table = OutputTable<kHeadDim>;
   static_assert(sizeof(Table) <= T::kQBytes);
   Table& table = *reinterpret_cast<Table*>(shared_memory);
+  if constexpr (T::kMasked) ptx::CopyAsyncWait<0>();  // there may have been no tile to wait for
   __syncthreads();
   PrepareOutput(table, params, FindPosition<kBlockQ>(params, BlockIndex(), gridDim.x), threadIdx.x,
                 T::kThreads);

@@ -12,5 +12,10 @@ cudaError_t LaunchAttentionFp8(const AttentionParams& params, bool fp16_accumula
                                cudaStream_t stream);
 cudaError_t LaunchAttentionFp16(const AttentionParams& params, bool fp16_accumulator,
                                 cudaStream_t stream);
+// The same with masks: where params has some, the above call these.
+cudaError_t LaunchMaskedFp8(const AttentionParams& params, bool fp16_accumulator,
+                            cudaStream_t stream);
+cudaError_t LaunchMaskedFp16(const AttentionParams& params, bool fp16_accumulator,
+                             cudaStream_t stream);
 
 }  // namespace jax_sage::mma

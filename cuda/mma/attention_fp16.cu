@@ -6,6 +6,7 @@ namespace jax_sage::mma {
 
 cudaError_t LaunchAttentionFp16(const AttentionParams& params, bool fp16_accumulator,
                                 cudaStream_t stream) {
+  if (params.masks.rows != nullptr) return LaunchMaskedFp16(params, fp16_accumulator, stream);
   if (params.padded_head_dim == 64) {
     return fp16_accumulator ? Launch<Traits<PvFp16, AccF16, 64, 8>>(params, stream)
                             : Launch<Traits<PvFp16, AccF32, 64, 8>>(params, stream);

@@ -6,6 +6,7 @@ namespace jax_sage::mma {
 
 cudaError_t LaunchAttentionFp8(const AttentionParams& params, bool fp16_accumulator,
                                cudaStream_t stream) {
+  if (params.masks.rows != nullptr) return LaunchMaskedFp8(params, fp16_accumulator, stream);
   if (params.padded_head_dim == 64) {
     return fp16_accumulator ? Launch<Traits<PvFp8, AccF16, 64, 4>>(params, stream)
                             : Launch<Traits<PvFp8, AccF32, 64, 4>>(params, stream);

@@ -74,11 +74,11 @@ __device__ __forceinline__ int LargestBits(const Vector<In>& vector) {
 }
 
 // A chunk of the rows of Q: codes, scales, and q·k̄ for lse.
-template <class In, bool kWide, int kHeadDim>
+template <class In, int kAccess, int kHeadDim>
 __device__ __forceinline__ void MakeQueryCodes(const QuantizeParams& params, int head, int first) {
-  using T = Tokens<In, kWide, kHeadDim>;
+  using T = Tokens<In, kAccess, kHeadDim>;
   constexpr int kInfBits = 0x7f800000;
-  const T tokens(params.query, head, params.heads, params.length_q, params.head_dim);
+  const T tokens(params.query, head, params.heads, params.length_q, params.head_dim, nullptr);
   Vector<In> x[kPasses];
   tokens.template Load<kQuery>(x, first);
   const int kv_head = head / (params.heads / params.kv_heads);
@@ -144,7 +144,8 @@ struct SharedKey {
 // A chunk of K: codes, and four scales for each 64 keys. Synchronizes once.
 template <class T, int kHeadDim>
 __device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params,
-                                                SharedKey<kHeadDim>& shared, int head, int first,
+                                                const T& tokens, SharedKey<kHeadDim>& shared,
+                                                int head, int first,
                                                 const Vector<typename T::Element> (&x)[kPasses],
                                                 const float (&mean)[kVector]) {
   constexpr int kPassesPerBlock = kBlockKv / T::kRows;
@@ -162,7 +163,7 @@ __device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params,
       for (int c = 0; c < kVector; ++c) {
         row_absmax = fmaxf(row_absmax, fabsf(values[c] - mean[c]));
       }
-      if (first + T::template RowOfPass<kKey>(pass) < params.length_kv) {
+      if (tokens.Counts(first + T::template RowOfPass<kKey>(pass))) {
         absmax = fmaxf(absmax, row_absmax);
       }
     }
@@ -184,7 +185,7 @@ __device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params,
     for (int i = 0; i < kPassesPerBlock; ++i) {
       const int pass = block * kPassesPerBlock + i;
       const int row = first + T::template RowOfPass<kKey>(pass);
-      const float row_inverse = row < params.length_kv ? inverse : 0;
+      const float row_inverse = tokens.Counts(row) ? inverse : 0;
       float values[kVector];
       ToFloats(values, x[pass]);
 #pragma unroll
@@ -201,14 +202,15 @@ __device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params,
   }
 }
 
-template <class In, bool kWide, int kHeadDim>
+template <class In, int kAccess, int kHeadDim>
 __device__ __forceinline__ void MakeKeyCodes(const QuantizeParams& params, const Plan& plan,
                                              SharedKey<kHeadDim>& shared, int head, int part) {
-  using T = Tokens<In, kWide, kHeadDim>;
+  using T = Tokens<In, kAccess, kHeadDim>;
   const int64_t begin = static_cast<int64_t>(part) * plan.tokens_per_part;
   const int64_t end = min(begin + plan.tokens_per_part, static_cast<int64_t>(params.padded_kv));
   if (begin >= end) return;
-  const T tokens(params.key, head, params.kv_heads, params.length_kv, params.head_dim);
+  const T tokens(params.key, head, params.kv_heads, params.length_kv, params.head_dim,
+                 SeenBy(params, head));
   int first = static_cast<int>(begin);
   Vector<In> x[kPasses];
   tokens.template Load<kKey>(x, first);
@@ -221,7 +223,7 @@ __device__ __forceinline__ void MakeKeyCodes(const QuantizeParams& params, const
 #pragma unroll 1
   while (true) {
     if (is_bad) MakeFinite(x);
-    KeyCodesOfChunk<T>(params, shared, head, first, x, mean);
+    KeyCodesOfChunk<T>(params, tokens, shared, head, first, x, mean);
     if (end - first <= T::kTokens) return;
     first += T::kTokens;
     tokens.template Load<kKey>(x, first);
@@ -242,7 +244,8 @@ struct SharedValue {
 // A chunk of V: codes, and of channel threadIdx.x their sum. Synchronizes once.
 template <bool kFp8, class T, int kHeadDim>
 __device__ __forceinline__ long long ValueCodesOfChunk(
-    const QuantizeParams& params, SharedValue<kHeadDim>& shared, int head, int first,
+    const QuantizeParams& params, const T& tokens, SharedValue<kHeadDim>& shared, int head,
+    int first,
     const Vector<typename T::Element> (&x)[kPasses]) {
   constexpr int kQuads = SharedValue<kHeadDim>::kQuads;
   const int channel = T::Channel(), lane = threadIdx.x % 32;
@@ -267,8 +270,7 @@ __device__ __forceinline__ long long ValueCodesOfChunk(
       uint32_t is_key = 0;  // bytes of keys that exist
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
-        const bool exists = first + T::template RowOfPass<kValue>(pass) < params.length_kv;
-        if (exists) is_key |= 0xffu << 8 * pass;
+        if (tokens.Counts(first + T::template RowOfPass<kValue>(pass))) is_key |= 0xffu << 8 * pass;
       }
       const float2 x0 = scaled(0), x1 = scaled(1), x2 = scaled(2), x3 = scaled(3);
       const auto put = [&](int c, float4 values) {
@@ -284,7 +286,7 @@ __device__ __forceinline__ long long ValueCodesOfChunk(
     } else {
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
-        const bool is_key = first + T::template RowOfPass<kValue>(pass) < params.length_kv;
+        const bool is_key = tokens.Counts(first + T::template RowOfPass<kValue>(pass));
         const float2 value = scaled(pass);
         halves[pass][i] = __floats2half2_rn(is_key ? value.x : 0, is_key ? value.y : 0);
         const float2 rounded = __half22float2(halves[pass][i]);
@@ -336,14 +338,15 @@ __device__ __forceinline__ long long ValueCodesOfChunk(
   return total;
 }
 
-template <class In, bool kWide, int kHeadDim>
+template <class In, int kAccess, int kHeadDim>
 __device__ __forceinline__ void MakeValueCodes(const QuantizeParams& params, const Plan& plan,
                                                SharedValue<kHeadDim>& shared, int head, int part) {
-  using T = Tokens<In, kWide, kHeadDim>;
+  using T = Tokens<In, kAccess, kHeadDim>;
   const int64_t begin = static_cast<int64_t>(part) * plan.tokens_per_part;
   const int64_t end = min(begin + plan.tokens_per_part, static_cast<int64_t>(params.padded_kv));
   if (begin >= end) return;
-  const T tokens(params.value, head, params.kv_heads, params.length_kv, params.head_dim);
+  const T tokens(params.value, head, params.kv_heads, params.length_kv, params.head_dim,
+                 SeenBy(params, head));
   int first = static_cast<int>(begin);
   Vector<In> x[kPasses];
   tokens.template Load<kValue>(x, first);
@@ -364,8 +367,8 @@ __device__ __forceinline__ void MakeValueCodes(const QuantizeParams& params, con
 #pragma unroll 1
   while (true) {
     if (is_bad) MakeFinite(x);
-    total += params.fp8_value ? ValueCodesOfChunk<true, T>(params, shared, head, first, x)
-                              : ValueCodesOfChunk<false, T>(params, shared, head, first, x);
+    total += params.fp8_value ? ValueCodesOfChunk<true, T>(params, tokens, shared, head, first, x)
+                              : ValueCodesOfChunk<false, T>(params, tokens, shared, head, first, x);
     if (end - first <= T::kTokens) break;
     first += T::kTokens;
     tokens.template Load<kValue>(x, first);

@@ -32,7 +32,7 @@ union Shared {
   SharedValue<kHeadDim> value;
 };
 
-template <class In, bool kWide, int kHeadDim>
+template <class In, int kAccess, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, sizeof(In) == 4 ? 2 : 4)
     Quantize(const QuantizeParams params, const Plan plan) {
   __shared__ Shared<kHeadDim> shared;
@@ -54,24 +54,24 @@ __global__ void __launch_bounds__(kThreads, sizeof(In) == 4 ? 2 : 4)
   }
   if (item >= plan.items) {
     item -= plan.items;
-    constexpr int kTokens = Tokens<In, kWide, kHeadDim>::kTokens;
+    constexpr int kTokens = Tokens<In, kAccess, kHeadDim>::kTokens;
     const int chunks = (params.padded_q + kTokens - 1) / kTokens;
-    MakeQueryCodes<In, kWide, kHeadDim>(params, item / chunks, item % chunks * kTokens);
+    MakeQueryCodes<In, kAccess, kHeadDim>(params, item / chunks, item % chunks * kTokens);
     return;
   }
   const int unit = item / params.parts, part = item % params.parts;
   const int head = unit / 2;
   if (unit % 2 == kKey) {
     if (is_codes) {
-      MakeKeyCodes<In, kWide>(params, plan, shared.key, head, part);
+      MakeKeyCodes<In, kAccess>(params, plan, shared.key, head, part);
     } else {
-      MakeStatistics<kKey, In, kWide>(params, plan, shared.statistics, head, part);
+      MakeStatistics<kKey, In, kAccess>(params, plan, shared.statistics, head, part);
     }
   } else {
     if (is_codes) {
-      MakeValueCodes<In, kWide>(params, plan, shared.value, head, part);
+      MakeValueCodes<In, kAccess>(params, plan, shared.value, head, part);
     } else {
-      MakeStatistics<kValue, In, kWide>(params, plan, shared.statistics, head, part);
+      MakeStatistics<kValue, In, kAccess>(params, plan, shared.statistics, head, part);
     }
   }
 }
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(In) == 4 ? 2 : 4)
 // still run; with more, K and V have left L2 when their codes are made.
 constexpr int kLeadPerSm = 3;
 
-template <class In, bool kWide, int kHeadDim>
+template <class In, int kAccess, int kHeadDim>
 cudaError_t Launch(const QuantizeParams& params, cudaStream_t stream) {
   int device = 0, sms = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -89,7 +89,7 @@ cudaError_t Launch(const QuantizeParams& params, cudaStream_t stream) {
   }
   if (error != cudaSuccess) return error;
 
-  constexpr int kTokens = Tokens<In, kWide, kHeadDim>::kTokens;
+  constexpr int kTokens = Tokens<In, kAccess, kHeadDim>::kTokens;
   const auto ceil_div = [](int64_t x, int64_t y) { return (x + y - 1) / y; };
   const int64_t units = 2 * params.batch * params.kv_heads;
   const int64_t items = units * params.parts;
@@ -104,9 +104,15 @@ cudaError_t Launch(const QuantizeParams& params, cudaStream_t stream) {
 
   error = cudaMemsetAsync(params.arrivals, 0, units * sizeof(*params.arrivals), stream);
   if (error != cudaSuccess) return error;
-  Quantize<In, kWide, kHeadDim>
+  Quantize<In, kAccess, kHeadDim>
       <<<static_cast<unsigned>(2 * items + query_items), kThreads, 0, stream>>>(params, plan);
   return cudaGetLastError();
+}
+
+template <class In, int kAccess>
+cudaError_t LaunchFor(const QuantizeParams& params, cudaStream_t stream) {
+  return params.padded_head_dim == 64 ? Launch<In, kAccess, 64>(params, stream)
+                                      : Launch<In, kAccess, 128>(params, stream);
 }
 
 template <class In>
@@ -114,10 +120,11 @@ cudaError_t LaunchFor(const QuantizeParams& params, cudaStream_t stream) {
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   const bool wide = params.head_dim * sizeof(In) % 16 == 0 && aligned(params.query) &&
                     aligned(params.key) && aligned(params.value);
-  if (params.padded_head_dim == 64) {
-    return wide ? Launch<In, true, 64>(params, stream) : Launch<In, false, 64>(params, stream);
+  if (params.seen != nullptr) {
+    return wide ? LaunchFor<In, kWide | kSomeSeen>(params, stream)
+                : LaunchFor<In, kSomeSeen>(params, stream);
   }
-  return wide ? Launch<In, true, 128>(params, stream) : Launch<In, false, 128>(params, stream);
+  return wide ? LaunchFor<In, kWide>(params, stream) : LaunchFor<In, 0>(params, stream);
 }
 
 }  // namespace quantize

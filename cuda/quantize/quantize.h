@@ -14,6 +14,10 @@ struct QuantizeParams {
   const void* key;    // [B, S, K, H]
   const void* value;  // [B, S, K, H]
   DType type;
+  // Keys that do not count have zero as their code, and no influence. Null: all count.
+  const uint8_t* seen;           // [B or 1, K or 1, S]
+  const float* per_counted_key;  // [B, K], 1 / the keys that count
+  int64_t seen_batch_stride, seen_head_stride;
 
   int8_t* q;                  // [B, N, Tp, Hp]
   float* q_scale;             // [B, N, Tp]

@@ -33,6 +33,13 @@ __device__ __forceinline__ void WaitForStatistics(const QuantizeParams& params, 
   __syncthreads();
 }
 
+// Which keys of a head are seen, or null.
+__device__ __forceinline__ const uint8_t* SeenBy(const QuantizeParams& params, int head) {
+  if (params.seen == nullptr) return nullptr;
+  return params.seen + head / params.kv_heads * params.seen_batch_stride +
+         head % params.kv_heads * params.seen_head_stride;
+}
+
 // Of kVector channels of the tokens, or parts, that a thread has seen.
 struct Statistics {
   float sum[kVector];
@@ -98,11 +105,13 @@ class RunningStatistics {
 
 // Adds the tokens from `first` on, all passes of a chunk.
 template <Tensor kTensor, class T, class In>
-__device__ __forceinline__ void AddChunk(RunningStatistics<kTensor, In>& statistics, int first,
-                                         int end, const Vector<In> (&x)[kPasses]) {
+__device__ __forceinline__ void AddChunk(RunningStatistics<kTensor, In>& statistics,
+                                         const T& tokens, int first, int end,
+                                         const Vector<In> (&x)[kPasses]) {
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
-    if (first + T::template RowOfPass<kTensor>(pass) < end) statistics.Add(x[pass]);
+    const int token = first + T::template RowOfPass<kTensor>(pass);
+    if (token < end && tokens.Counts(token)) statistics.Add(x[pass]);
   }
 }
 
@@ -117,7 +126,7 @@ __device__ __forceinline__ void Mend(RunningStatistics<kTensor, In>& statistics,
 #pragma unroll 1
     for (int pass = 0; pass < kPasses; ++pass) {
       const int token = first + T::template RowOfPass<kTensor>(pass);
-      if (token >= end) continue;
+      if (token >= end || !tokens.Counts(token)) continue;
       Vector<In> vector = tokens.Load(token);
       float x[kVector];
       ToFloats(x, vector);
@@ -139,7 +148,7 @@ __device__ __forceinline__ Statistics StatisticsOf(const T& tokens, int begin, i
   for (int first = begin; first < end; first += T::kTokens) {
     Vector<In> x[kPasses];
     tokens.template Load<kTensor>(x, first);
-    AddChunk<kTensor, T>(statistics, first, end, x);
+    AddChunk<kTensor>(statistics, tokens, first, end, x);
   }
   Mend<kTensor>(statistics, tokens, begin, end, bad);
   return statistics.Get();
@@ -185,17 +194,17 @@ __device__ __forceinline__ float UsableMean(float sum, float per_token) {
   return fabsf(mean) <= kMeanMax ? mean : 0.0f;
 }
 
-__device__ __forceinline__ float KeyMean(const QuantizeParams& params, const Plan& plan,
+__device__ __forceinline__ float KeyMean(const QuantizeParams& params, float per_token,
                                          const ChannelStatistics& all) {
-  const float mean = params.smooth_k ? UsableMean(all.sum, plan.per_token) : 0;
+  const float mean = params.smooth_k ? UsableMean(all.sum, per_token) : 0;
   return __bfloat162float(__float2bfloat16_rn(mean));
 }
 
 struct ValueChannel {
   float average, mean, scale, down, inverse;
-  __device__ __forceinline__ ValueChannel(const QuantizeParams& params, const Plan& plan,
+  __device__ __forceinline__ ValueChannel(const QuantizeParams& params, float per_token,
                                           const ChannelStatistics& all) {
-    average = params.smooth_v ? UsableMean(all.sum, plan.per_token) : 0;
+    average = params.smooth_v ? UsableMean(all.sum, per_token) : 0;
     mean = __bfloat162float(__float2bfloat16_rn(average));
     const float absmax = fmaxf(fmaxf(all.max - mean, mean - all.min), kAbsmaxFloor);
     scale = absmax * (1.0f / kVMax);
@@ -246,24 +255,27 @@ __device__ __forceinline__ void FinishStatistics(const QuantizeParams& params, c
   if (c >= kHeadDim) return;
   float* channels = params.channels + head * static_cast<int64_t>(kChannelRows * kHeadDim) + c;
   int32_t* first_bad = params.first_bad + head * static_cast<int64_t>(kBadRows * kHeadDim) + c;
+  const float per_token =
+      params.per_counted_key != nullptr ? params.per_counted_key[head] : plan.per_token;
   if (kTensor == kKey) {
-    channels[kKeyMean * kHeadDim] = KeyMean(params, plan, all);
+    channels[kKeyMean * kHeadDim] = KeyMean(params, per_token, all);
     first_bad[kBadKey * kHeadDim] = shared.bad[c];
   } else {
-    ValueChannel(params, plan, all).template Store<kHeadDim>(channels);
+    ValueChannel(params, per_token, all).template Store<kHeadDim>(channels);
     first_bad[kBadValue * kHeadDim] = min(shared.bad[c], __ldcg(&first_bad[kBadKey * kHeadDim]));
     params.value_code_sum[head * static_cast<int64_t>(kHeadDim) + c] = 0;
   }
 }
 
-template <Tensor kTensor, class In, bool kWide, int kHeadDim>
+template <Tensor kTensor, class In, int kAccess, int kHeadDim>
 __device__ __forceinline__ void MakeStatistics(const QuantizeParams& params, const Plan& plan,
                                                SharedStatistics<kHeadDim>& shared, int head,
                                                int part) {
   if (threadIdx.x < kHeadDim) shared.bad[threadIdx.x] = kNever;
   __syncthreads();
-  const Tokens<In, kWide, kHeadDim> tokens(kTensor == kKey ? params.key : params.value, head,
-                                           params.kv_heads, params.length_kv, params.head_dim);
+  const Tokens<In, kAccess, kHeadDim> tokens(kTensor == kKey ? params.key : params.value, head,
+                                           params.kv_heads, params.length_kv, params.head_dim,
+                                           SeenBy(params, head));
   const int64_t begin = static_cast<int64_t>(part) * plan.tokens_per_part;
   const int64_t end = min(begin + plan.tokens_per_part, static_cast<int64_t>(params.length_kv));
   const ChannelStatistics all =

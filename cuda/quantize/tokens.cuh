@@ -106,9 +106,12 @@ __device__ __forceinline__ void MakeFinite(Vector<In> (&x)[kPasses]) {
   for (int pass = 0; pass < kPasses; ++pass) MakeFinite(x[pass]);
 }
 
+// How tokens are read. kWide: all are aligned to 16 bytes. kSomeSeen: some may not count.
+enum Access : int { kWide = 1, kSomeSeen = 2 };
+
 // The tokens of one head of Q, K or V, and how the threads of a CTA cover them: `kRows` tokens at
 // once, `kTokens` in all passes.
-template <class In, bool kWide, int kHeadDim>  // kWide: all tokens are aligned to 16 bytes
+template <class In, int kAccess, int kHeadDim>
 struct Tokens {
   using Element = In;
   static constexpr int kThreadsPerRow = kHeadDim / kVector;
@@ -116,6 +119,7 @@ struct Tokens {
   static constexpr int kTokens = kRows * kPasses;
 
   const In* data;
+  const uint8_t* seen;  // by token with kSomeSeen; null: all
   int64_t stride;
   int length;
   int head_dim;
@@ -123,24 +127,35 @@ struct Tokens {
   __device__ static int Row() { return threadIdx.x / kThreadsPerRow; }
   __device__ static int Channel() { return threadIdx.x % kThreadsPerRow * kVector; }
 
-  __device__ Tokens(const void* tensor, int head, int heads, int length, int head_dim)
+  __device__ Tokens(const void* tensor, int head, int heads, int length, int head_dim,
+                    const uint8_t* seen)
       : data(static_cast<const In*>(tensor)),
+        seen(seen),
         stride(static_cast<int64_t>(heads) * head_dim),
         length(length),
         head_dim(head_dim) {
     data += head / heads * (length * stride) + head % heads * head_dim;
   }
 
-  // Zeros past the last token and the last channel.
+  // Whether the token counts: it is one, and a query sees it.
+  __device__ __forceinline__ bool Counts(int token) const {
+    if (token >= length) return false;
+    if constexpr ((kAccess & kSomeSeen) == 0) return true;
+    return seen == nullptr || __ldg(seen + token) != 0;
+  }
+
+  // Zeros for tokens that do not count, and past the last channel.
   __device__ __forceinline__ Vector<In> Load(int token) const {
     Vector<In> vector;
     const In* row = data + token * stride + Channel();
-    constexpr int kPerLoad = kWide ? 16 / sizeof(In) : 1;
-    using Loaded = std::conditional_t<kWide, uint4, In>;
+    const bool counts = Counts(token);
+    constexpr bool kIsWide = (kAccess & kWide) != 0;
+    constexpr int kPerLoad = kIsWide ? 16 / sizeof(In) : 1;
+    using Loaded = std::conditional_t<kIsWide, uint4, In>;
 #pragma unroll
     for (int i = 0; i < kVector / kPerLoad; ++i) {
       Loaded loaded{};
-      if (token < length && Channel() + i * kPerLoad < head_dim) {
+      if (counts && Channel() + i * kPerLoad < head_dim) {
         loaded = __ldg(reinterpret_cast<const Loaded*>(row) + i);
       }
       reinterpret_cast<Loaded*>(vector.pairs)[i] = loaded;

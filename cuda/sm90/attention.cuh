@@ -5,10 +5,15 @@
 // and V by TMA, running ahead into the next query tile; three consumer warpgroups own 64 queries
 // each and work for themselves: QK^T, softmax, PV, one after the other. While one waits for the
 // matrix unit or for its exponentials, the other two use what it leaves.
+//
+// With masks the producer warp finds the tiles that any of the queries may see, loads these alone,
+// and says with each what each warpgroup sees of it. A bias takes 64 registers more, and so there
+// are two consumers.
 #pragma once
 
 #include "common/epilogue.cuh"
 #include "common/layout.h"
+#include "common/masks.cuh"
 #include "common/ptx.cuh"
 #include "sm90/attention.h"
 #include "sm90/barrier.cuh"
@@ -19,21 +24,28 @@
 
 namespace jax_sage::sm90 {
 
-constexpr int kConsumers = 3;  // warpgroups
-constexpr int kRows = 64;      // queries of a warpgroup
-constexpr int kQueries = kConsumers * kRows;
-constexpr int kThreads = 128 * (kConsumers + 1);
-constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
+constexpr int kRows = 64;  // queries of a warpgroup
 constexpr int kSharedLimit = 227 * 1024;
-// setmaxnreg waits until the registers are there: the CTA has what it was launched with.
-static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
-              65536 / kThreads / 8 * 8 * (kConsumers + 1));
+static_assert(kRows == kMaskRows);
 
 // kExactSum: P is summed before it is rounded too, for lse.
-template <class Pv_, bool kExactSum_>
+template <class Pv_, bool kExactSum_, Masking kMasking = Masking::kPlain>
 struct Traits {
   using Pv = Pv_;
   static constexpr bool kExactSum = kExactSum_;
+  static constexpr bool kMasked = kMasking != Masking::kPlain;
+  static constexpr bool kBiased = kMasking == Masking::kBiased;
+  static constexpr int kConsumers = kBiased ? 2 : 3;  // warpgroups
+  static constexpr int kQueries = kConsumers * kRows;
+  static constexpr int kThreads = 128 * (kConsumers + 1);
+  // The producer of masked kernels plans. Where it has 32 registers all the same it spills some,
+  // but no consumer does.
+  static constexpr bool kFullConsumers = !kMasked || (kExactSum && Pv::kSumsRows);
+  static constexpr int kProducerRegisters = kBiased ? 56 : kFullConsumers ? 32 : 56;
+  static constexpr int kConsumerRegisters = kBiased ? 224 : kFullConsumers ? 160 : 152;
+  // setmaxnreg waits until the registers are there: the CTA has what it was launched with.
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+                65536 / kThreads / 8 * 8 * (kConsumers + 1));
   static constexpr int kHeadDim = Pv::kHeadDim;
   static constexpr int kTile = Pv::kTile;  // keys
   static constexpr int kBlocks = kTile / kBlockKv;
@@ -42,11 +54,13 @@ struct Traits {
   static constexpr int kScaleBytes = kBlocks * kKeyScales * 4;
   static constexpr int kStageBytes = kKBytes + Pv::kStride + kScaleBytes;
   static constexpr int kQScaleBytes = kRows * 4;
+  static constexpr int kIntervalBytes = kMasked ? kRows * 8 : 0;
   static constexpr int kOutputBytes = kRows * kHeadDim * 4;
   static constexpr int kMaxStages = 6;
-  static constexpr int kFixedBytes = kConsumers * (kQBytes + kQScaleBytes + kOutputBytes) + 16 +
-                                     int{sizeof(OutputTable<kHeadDim>)} +
-                                     8 * (2 + 2 * kConsumers + 4 * kMaxStages) + 1024;
+  static constexpr int kFixedBytes =
+      kConsumers * (kQBytes + kQScaleBytes + kIntervalBytes + kOutputBytes + 16) +
+      4 * kMaxStages + 16 + int{sizeof(OutputTable<kHeadDim>)} +
+      8 * (2 + 2 * kConsumers + 4 * kMaxStages) + 1024;
   static constexpr int kFitting = (kSharedLimit - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
   // Shared memory; tiles first, they must be aligned to 1024 bytes for the swizzle.
@@ -55,9 +69,11 @@ struct Traits {
   static constexpr int kV = kK + kStages * kKBytes;
   static constexpr int kOutput = kV + kStages * Pv::kStride;
   static constexpr int kQScales = kOutput + kConsumers * kOutputBytes;
-  static constexpr int kScales = kQScales + kConsumers * kQScaleBytes;
-  static constexpr int kFirstRows = kScales + kStages * kScaleBytes;
-  static constexpr int kTable = kFirstRows + 16;
+  static constexpr int kIntervals = kQScales + kConsumers * kQScaleBytes;
+  static constexpr int kScales = kIntervals + kConsumers * kIntervalBytes;
+  static constexpr int kFirstRows = kScales + kStages * kScaleBytes;  // {row, batch, head, 0}
+  static constexpr int kPlans = kFirstRows + kConsumers * 16;
+  static constexpr int kTable = (kPlans + kStages * 4 + 15) / 16 * 16;
   static constexpr int kBarriers = kTable + int{sizeof(OutputTable<kHeadDim>)};
   static constexpr int kBarrierCount = 2 + 2 * kConsumers + 4 * kStages;
   static constexpr int kSharedBytes = kBarriers + kBarrierCount * 8 + 1024;  // to align
@@ -66,8 +82,9 @@ struct Traits {
   static_assert(kSharedBytes <= kSharedLimit);
 };
 
-template <int kStages>
+template <class T>
 struct Barriers {
+  static constexpr int kConsumers = T::kConsumers, kStages = T::kStages;
   uint32_t base;
   __device__ uint32_t TableFull() const { return base; }
   __device__ uint32_t TableEmpty() const { return base + 8; }
@@ -108,44 +125,137 @@ struct Ring {
 };
 
 // The query tiles of this CTA, in turns: of all `items`, every gridDim.x-th.
+template <class T>
 struct Work {
   unsigned items;
   __device__ static unsigned Item(unsigned turn) { return blockIdx.x + turn * gridDim.x; }
   __device__ bool Any(unsigned turn) const { return Item(turn) < items; }
   __device__ Position Find(const AttentionParams& params, unsigned turn) const {
-    return FindPosition<kQueries>(params, Item(turn), items);
+    return FindPosition<T::kQueries>(params, Item(turn), items);
   }
 };
+
+// Loads a tile of K and V into a stage that is free, or soon will be. One thread.
+template <class T>
+__device__ __forceinline__ void LoadStage(const AttentionParams& params, const TensorMaps& maps,
+                                          int kv_head, int tile, uint32_t plan, uint32_t shared,
+                                          Barriers<T> barriers, Ring<T::kStages> ring) {
+  const unsigned stage = ring.stage;
+  const int blocks = params.padded_kv / kBlockKv;
+  const float* scales = params.k_scale + static_cast<int64_t>(kv_head) * blocks * kKeyScales;
+  // The last tile may have fewer blocks.
+  const int tile_blocks = min(T::kBlocks, blocks - tile * T::kBlocks);
+  const int scale_bytes = tile_blocks * kKeyScales * 4;
+  // A barrier that was never used counts as completed for parity 1.
+  ptx::BarrierWait(barriers.KEmpty(stage), ring.parity ^ 1);
+  if constexpr (T::kMasked) ptx::StoreSharedAs(shared + T::kPlans + stage * 4, plan);
+  ptx::BarrierExpect(barriers.KFull(stage), T::kKBytes + scale_bytes);
+  ptx::CopyBox(shared + T::kK + stage * T::kKBytes, &maps.k, barriers.KFull(stage), 0,
+               tile * T::kTile, kv_head);
+  ptx::CopyBulk(shared + T::kScales + stage * T::kScaleBytes,
+                scales + tile * T::kBlocks * kKeyScales, scale_bytes, barriers.KFull(stage));
+  ptx::BarrierWait(barriers.VEmpty(stage), ring.parity ^ 1);
+  ptx::BarrierExpect(barriers.VFull(stage), T::Pv::kBytes);
+  T::Pv::Load(shared + T::kV + stage * T::Pv::kStride, &maps.v, barriers.VFull(stage), tile,
+              kv_head);
+}
 
 // One thread loads K and V.
 template <class T>
 __device__ __forceinline__ void ProduceKv(const AttentionParams& params, const TensorMaps& maps,
-                                          Work work, uint32_t shared,
-                                          Barriers<T::kStages> barriers) {
-  const int blocks = params.padded_kv / kBlockKv;
+                                          Work<T> work, uint32_t shared, Barriers<T> barriers) {
   Ring<T::kStages> ring;
   for (unsigned turn = 0; work.Any(turn); ++turn) {
     const Position position = work.Find(params, turn);
-    const int kv_head = static_cast<int>(position.kv_head);
-    const float* scales = params.k_scale + position.kv_head * blocks * kKeyScales;
-    const int tiles = CountTiles<T::kTile>(params, position.first_row, kQueries);
+    const int tiles = CountTiles<T::kTile>(params, position.first_row, T::kQueries);
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile, ring.Next()) {
-      const unsigned stage = ring.stage;
-      // The last tile may have fewer blocks.
-      const int tile_blocks = min(T::kBlocks, blocks - tile * T::kBlocks);
-      const int scale_bytes = tile_blocks * kKeyScales * 4;
-      // A barrier that was never used counts as completed for parity 1.
-      ptx::BarrierWait(barriers.KEmpty(stage), ring.parity ^ 1);
-      ptx::BarrierExpect(barriers.KFull(stage), T::kKBytes + scale_bytes);
-      ptx::CopyBox(shared + T::kK + stage * T::kKBytes, &maps.k, barriers.KFull(stage), 0,
-                   tile * T::kTile, kv_head);
-      ptx::CopyBulk(shared + T::kScales + stage * T::kScaleBytes,
-                    scales + tile * T::kBlocks * kKeyScales, scale_bytes, barriers.KFull(stage));
-      ptx::BarrierWait(barriers.VEmpty(stage), ring.parity ^ 1);
-      ptx::BarrierExpect(barriers.VFull(stage), T::Pv::kBytes);
-      T::Pv::Load(shared + T::kV + stage * T::Pv::kStride, &maps.v, barriers.VFull(stage), tile,
-                  kv_head);
+      LoadStage<T>(params, maps, static_cast<int>(position.kv_head), tile, 0, shared, barriers,
+                   ring);
+    }
+  }
+}
+
+// A plan of a tile: bits 2g and 2g + 1 are what warpgroup g sees of it.
+constexpr uint32_t kLastOfItem = 1 << 8;
+constexpr int kTileShift = 9;
+
+// A warp loads the tiles of K and V that any warpgroup may see, with a plan of each.
+template <class T>
+__device__ __forceinline__ void ProduceSeenKv(const AttentionParams& params, const TensorMaps& maps,
+                                              Work<T> work, uint32_t shared,
+                                              Barriers<T> barriers) {
+  const int lane = threadIdx.x % 32;
+  const MaskParams& masks = params.masks;
+  // Found anew where it is needed: the producer has few registers.
+  struct Groups {
+    int kv_head, batch, head, first, count;
+  };
+  const auto find = [&](unsigned turn) {
+    asm volatile("" : "+r"(turn));
+    const Position position = work.Find(params, turn);
+    const int all_heads = static_cast<int>(position.head);
+    return Groups{static_cast<int>(position.kv_head), all_heads / params.heads,
+                  all_heads % params.heads, position.first_row / kRows,
+                  min(T::kConsumers, (params.length_q - position.first_row + kRows - 1) / kRows)};
+  };
+  Ring<T::kStages> ring;
+  for (unsigned turn = 0; work.Any(turn); ++turn) {
+    int first_key = params.length_kv, end_key = 0;
+    const Groups groups = find(turn);
+#pragma unroll 1
+    for (int group = 0; group < groups.count; ++group) {
+      const int4 bounds =
+          __ldg(masks.groups + groups.batch * masks.group_stride + groups.first + group);
+      first_key = min(first_key, bounds.x);
+      end_key = max(end_key, bounds.y);
+    }
+    const int end_tile = (end_key + T::kTile - 1) / T::kTile;
+    // The last tile must be known as such: a tile is loaded when the next has been found, or none.
+    constexpr uint32_t kNoPlan = ~0u;
+    uint32_t plan = kNoPlan, found = 0, views = 0;
+    int base = first_key / T::kTile - 32;
+    bool is_last = false;
+#pragma unroll 1
+    while (!is_last) {
+      uint32_t next = kNoPlan;
+#pragma unroll 1
+      while (found == 0 && base + 32 < end_tile) {
+        base += 32;
+        views = 0;
+        if (base + lane < end_tile) {
+          const Groups groups = find(turn);
+          const int first = (base + lane) * T::kTile;
+#pragma unroll 1
+          for (int group = 0; group < groups.count; ++group) {
+            views |= ViewOfTile(masks, groups.batch, groups.head, groups.first + group, first,
+                                first + T::kTile)
+                     << (2 * group);
+          }
+        }
+        found = __ballot_sync(0xffffffffu, views != 0);
+      }
+      if (found != 0) {
+        const int source = __ffs(found) - 1;
+        found &= found - 1;
+        next = static_cast<uint32_t>(base + source) << kTileShift |
+               __shfl_sync(0xffffffffu, views, source);
+        if (plan == kNoPlan) {  // the first
+          plan = next;
+          continue;
+        }
+      } else {
+        is_last = true;
+        // Nothing is seen at all: a tile that nobody looks at.
+        plan = (plan == kNoPlan ? 0 : plan) | kLastOfItem;
+      }
+      if (lane == 0) {
+        LoadStage<T>(params, maps, find(turn).kv_head, static_cast<int>(plan >> kTileShift), plan,
+                     shared, barriers, ring);
+      }
+      __syncwarp();
+      ring.Next();
+      plan = next;
     }
   }
 }
@@ -154,34 +264,45 @@ __device__ __forceinline__ void ProduceKv(const AttentionParams& params, const T
 // says which queries they are.
 template <class T>
 __device__ __forceinline__ void ProduceQ(const AttentionParams& params, const TensorMaps& maps,
-                                         Work work, uint32_t shared,
-                                         Barriers<T::kStages> barriers) {
+                                         Work<T> work, uint32_t shared,
+                                         Barriers<T> barriers) {
   for (unsigned turn = 0; work.Any(turn); ++turn) {
     const Position position = work.Find(params, turn);
 #pragma unroll 1
-    for (int group = 0; group < kConsumers; ++group) {
+    for (int group = 0; group < T::kConsumers; ++group) {
       const int row = position.first_row + group * kRows;
+      const int batch = static_cast<int>(position.head) / params.heads;
       ptx::BarrierWait(barriers.QEmpty(group), ~turn & 1);
-      ptx::StoreSharedAs(shared + T::kFirstRows + group * 4, row);
+      const uint32_t first_row = shared + T::kFirstRows + group * 16;
+      ptx::StoreSharedAs(first_row, row);
+      if constexpr (T::kMasked) {
+        ptx::StoreSharedAs(first_row + 4, batch);
+        ptx::StoreSharedAs(first_row + 8, static_cast<int>(position.head) % params.heads);
+      }
       if (row >= params.length_q) {  // nothing to load, nothing to do
         ptx::BarrierArrive(barriers.QFull(group));
         continue;
       }
-      ptx::BarrierExpect(barriers.QFull(group), T::kQBytes + T::kQScaleBytes);
+      ptx::BarrierExpect(barriers.QFull(group), T::kQBytes + T::kQScaleBytes + T::kIntervalBytes);
       ptx::CopyBox(shared + T::kQ + group * T::kQBytes, &maps.q, barriers.QFull(group), 0, row,
                    static_cast<int>(position.head));
       ptx::CopyBulk(shared + T::kQScales + group * T::kQScaleBytes,
                     params.q_scale + position.head * params.padded_q + row, T::kQScaleBytes,
                     barriers.QFull(group));
+      if constexpr (T::kMasked) {
+        ptx::CopyBulk(shared + T::kIntervals + group * T::kIntervalBytes,
+                      params.masks.rows + batch * params.masks.row_stride + row,
+                      T::kIntervalBytes, barriers.QFull(group));
+      }
     }
   }
 }
 
 // 64 threads prepare what the end of each query tile needs.
 template <class T>
-__device__ __forceinline__ void ProduceTable(const AttentionParams& params, Work work, int thread,
+__device__ __forceinline__ void ProduceTable(const AttentionParams& params, Work<T> work, int thread,
                                              OutputTable<T::kHeadDim>& table,
-                                             Barriers<T::kStages> barriers) {
+                                             Barriers<T> barriers) {
   for (unsigned turn = 0; work.Any(turn); ++turn) {
     ptx::BarrierWait(barriers.TableEmpty(), ~turn & 1);
     PrepareOutput(table, params, work.Find(params, turn), thread, 64);
@@ -190,9 +311,9 @@ __device__ __forceinline__ void ProduceTable(const AttentionParams& params, Work
 }
 
 template <class T>
-__device__ __forceinline__ void Consume(const AttentionParams& params, Work work,
+__device__ __forceinline__ void Consume(const AttentionParams& params, Work<T> work,
                                         const OutputTable<T::kHeadDim>& table, uint32_t shared,
-                                        Barriers<T::kStages> barriers) {
+                                        Barriers<T> barriers) {
   using Pv = typename T::Pv;
   const int lane = threadIdx.x % 32;
   // The same in all lanes: the compiler keeps what follows from it in uniform registers.
@@ -213,13 +334,8 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work work
   Ring<T::kStages> ring;
   for (unsigned turn = 0; work.Any(turn); ++turn) {
     ptx::BarrierWait(barriers.QFull(warpgroup), turn & 1);
-    const int group_row = ptx::LoadSharedAs<int>(shared + T::kFirstRows + warpgroup * 4);
-    const int row = group_row + 16 * warp + lane / 4;
-    const int tiles = CountTiles<T::kTile>(params, group_row - warpgroup * kRows, kQueries);
-    const int my_tiles = CountTiles<T::kTile>(params, group_row, kRows);
-    // Tiles that all rows of this warpgroup see in full.
-    const int full_tiles =
-        (params.is_causal ? min(params.length_kv, group_row + 1) : params.length_kv) / T::kTile;
+    const uint32_t first_row_slot = shared + T::kFirstRows + warpgroup * 16;
+    const int group_row = ptx::LoadSharedAs<int>(first_row_slot);
     Scores<T> scores;
     Pv sums(output + lane * 16);
     const auto load_scales = [&] {
@@ -237,9 +353,9 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work work
           ptx::LoadSharedAs<float>(shared + T::kQScales + warpgroup * T::kQScaleBytes +
                                    (16 * warp + lane / 4 + 8 * half) * 4);
     }
-    if (my_tiles > 0) load_scales();
-#pragma unroll 1
-    for (int tile = 0; tile < my_tiles; ++tile) {
+    // The tile in the ring's stage, the count-th of this warpgroup. `softmax` makes P of its scores;
+    // `next` moves the ring on, beneath PV.
+    const auto compute = [&](int count, bool is_last, auto softmax, auto next) {
       const unsigned stage = ring.stage;
       const uint32_t v_full = barriers.VFull(stage), v_parity = ring.parity;
       const uint64_t k = k_tiles + stage * (T::kKBytes / 16);
@@ -250,39 +366,111 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work work
         IssueQk<T::kHeadDim>(scores.s[block], q, k + block * (kBlockKv * T::kHeadDim / 16));
       }
       uint32_t p[T::kBlocks][Pv::kRegisters];
-      if (tile < full_tiles) {
-        scores.template Softmax<false>(p, sums, tile == 0, {}, 0, opaque_zero);
-      } else {
-        const auto keys = [&](int row) {  // of this tile
-          return (params.is_causal ? min(row + 1, params.length_kv) : params.length_kv) -
-                 tile * T::kTile;
-        };
-        const int first_key = 2 * (lane & 3);
-        const int visible[2] = {keys(row) - first_key, keys(row + 8) - first_key};
-        scores.template Softmax<true>(p, sums, tile == 0, visible, keys(group_row + kRows - 1),
-                                      opaque_zero);
-      }
+      softmax(p);
       ptx::BarrierArrive(barriers.KEmpty(stage));
-      if (tile + 1 == my_tiles) ptx::BarrierArrive(barriers.QEmpty(warpgroup));
+      if (is_last) ptx::BarrierArrive(barriers.QEmpty(warpgroup));
       ptx::BarrierWait(v_full, v_parity);
-      sums.Issue(p, v, tile);
-      // Beneath PV.
-      ring.Next();
-      if (tile + 1 < my_tiles) load_scales();
+      sums.Issue(p, v, count);
+      next();
       ptx::WgmmaWait<0>();
 #pragma unroll
       for (int block = 0; block < T::kBlocks; ++block) ptx::Pin(p[block]);
-      sums.Retire(tile);
+      sums.Retire(count);
       release(barriers.VEmpty(stage));
-    }
-    if (my_tiles == 0) ptx::BarrierArrive(barriers.QEmpty(warpgroup));
-    // Tiles that only the other warpgroups see.
+    };
+    int my_tiles;
+    if constexpr (T::kMasked) {
+      my_tiles = 0;
+      uint32_t plan;
+      const auto load_plan = [&] {
+        load_scales();
+        plan = ptx::LoadSharedAs<uint32_t>(shared + T::kPlans + ring.stage * 4);
+      };
+      load_plan();
+      bool is_last;
+      do {
+        is_last = (plan & kLastOfItem) != 0;
+        const unsigned view = plan >> (2 * warpgroup) & 3;
+        if (view == kNone) {
+          ptx::BarrierArrive(barriers.KEmpty(ring.stage));
+          if (is_last) ptx::BarrierArrive(barriers.QEmpty(warpgroup));
+          ptx::BarrierWait(barriers.VFull(ring.stage), ring.parity);
+          release(barriers.VEmpty(ring.stage));
+          ring.Next();
+          if (!is_last) load_plan();
+          continue;
+        }
+        const auto softmax = [&](uint32_t (&p)[T::kBlocks][Pv::kRegisters]) {
+          const int first = static_cast<int>(plan >> kTileShift) * T::kTile;
+          const int row = group_row + 16 * warp + lane / 4;
+          const auto batch = [&] { return ptx::LoadSharedAs<int>(first_row_slot + 4); };
+          const auto head = [&] { return ptx::LoadSharedAs<int>(first_row_slot + 8); };
+          if constexpr (T::kBiased) {
+            BiasRows(params, batch(), head(), row).Load(scores.bias, first, lane);
+          }
+          if (view == kAll) {
+            scores.Softmax(p, sums, my_tiles == 0, Everything(), T::kTile, opaque_zero);
+            return;
+          }
+          SeenKeys seen;
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int2 interval =
+                ptx::LoadSharedAs<int2>(shared + T::kIntervals + warpgroup * T::kIntervalBytes +
+                                        (16 * warp + lane / 4 + 8 * half) * 8);
+            seen.bits[half] = 0;
+#pragma unroll
+            for (int block = 0; block < T::kBlocks; ++block) {
+              seen.bits[half] |= SeenOfBlock(params.masks, batch(), head(), row + 8 * half, interval,
+                                             first + block * kBlockKv, lane)
+                                 << (16 * block);
+            }
+          }
+          scores.Softmax(p, sums, my_tiles == 0, seen, T::kTile, opaque_zero);
+        };
+        compute(my_tiles, is_last, softmax, [&] {
+          ring.Next();
+          if (!is_last) load_plan();
+        });
+        ++my_tiles;
+      } while (!is_last);
+    } else {
+      const int tiles = CountTiles<T::kTile>(params, group_row - warpgroup * kRows, T::kQueries);
+      my_tiles = CountTiles<T::kTile>(params, group_row, kRows);
+      // Tiles that all rows of this warpgroup see in full.
+      const int full_tiles =
+          (params.is_causal ? min(params.length_kv, group_row + 1) : params.length_kv) / T::kTile;
+      const int row = group_row + 16 * warp + lane / 4;
+      if (my_tiles > 0) load_scales();
 #pragma unroll 1
-    for (int tile = my_tiles; tile < tiles; ++tile, ring.Next()) {
-      ptx::BarrierWait(barriers.KFull(ring.stage), ring.parity);
-      ptx::BarrierArrive(barriers.KEmpty(ring.stage));
-      ptx::BarrierWait(barriers.VFull(ring.stage), ring.parity);
-      release(barriers.VEmpty(ring.stage));
+      for (int tile = 0; tile < my_tiles; ++tile) {
+        const auto softmax = [&](uint32_t (&p)[T::kBlocks][Pv::kRegisters]) {
+          if (tile < full_tiles) {
+            scores.Softmax(p, sums, tile == 0, Everything(), T::kTile, opaque_zero);
+            return;
+          }
+          const auto keys = [&](int row) {  // of this tile
+            return (params.is_causal ? min(row + 1, params.length_kv) : params.length_kv) -
+                   tile * T::kTile;
+          };
+          const int first_key = 2 * (lane & 3);
+          const KeysBelow seen{{keys(row) - first_key, keys(row + 8) - first_key}};
+          scores.Softmax(p, sums, tile == 0, seen, keys(group_row + kRows - 1), opaque_zero);
+        };
+        compute(tile, tile + 1 == my_tiles, softmax, [&] {
+          ring.Next();
+          if (tile + 1 < my_tiles) load_scales();
+        });
+      }
+      if (my_tiles == 0) ptx::BarrierArrive(barriers.QEmpty(warpgroup));
+      // Tiles that only the other warpgroups see.
+#pragma unroll 1
+      for (int tile = my_tiles; tile < tiles; ++tile, ring.Next()) {
+        ptx::BarrierWait(barriers.KFull(ring.stage), ring.parity);
+        ptx::BarrierArrive(barriers.KEmpty(ring.stage));
+        ptx::BarrierWait(barriers.VFull(ring.stage), ring.parity);
+        release(barriers.VEmpty(ring.stage));
+      }
     }
     float o[T::kHeadDim / 8][4], row_sum[2];
     sums.Finish(o, row_sum, scores.sum, my_tiles);
@@ -291,7 +479,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work work
       scores.sum[1] = row_sum[1] / 4;
     }
     ptx::BarrierWait(barriers.TableFull(), turn & 1);
-    if (my_tiles > 0) {
+    if (group_row < params.length_q) {
       const int first_row = table.first_query + warpgroup * kRows + 16 * warp;
       FinishRows<T::kHeadDim>(params, table, first_row + lane / 4, lane, o, scores.max, scores.sum,
                               row_sum);
@@ -304,15 +492,15 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work work
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(T::kThreads, 1)
     AttentionKernel(const __grid_constant__ AttentionParams params,
                     const __grid_constant__ TensorMaps maps, unsigned items) {
   extern __shared__ uint8_t shared_memory[];
   const uint32_t shared = (ptx::SharedAddress(shared_memory) + 1023) & ~1023u;
-  const Barriers<T::kStages> barriers{shared + T::kBarriers};
+  const Barriers<T> barriers{shared + T::kBarriers};
   auto& table = *reinterpret_cast<OutputTable<T::kHeadDim>*>(
       shared_memory + (shared - ptx::SharedAddress(shared_memory)) + T::kTable);
-  const Work work{items};
+  const Work<T> work{items};
 
   if (threadIdx.x == 0) barriers.Init();
   T::Pv::Prepare(shared + T::kV, T::kStages);
@@ -320,12 +508,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
 
   if (threadIdx.x < 128) {
-    ptx::RegistersDown<kProducerRegisters>();
-    if (threadIdx.x == 0) ProduceKv<T>(params, maps, work, shared, barriers);
+    ptx::RegistersDown<T::kProducerRegisters>();
+    if constexpr (T::kMasked) {
+      if (threadIdx.x < 32) ProduceSeenKv<T>(params, maps, work, shared, barriers);
+    } else {
+      if (threadIdx.x == 0) ProduceKv<T>(params, maps, work, shared, barriers);
+    }
     if (threadIdx.x == 32) ProduceQ<T>(params, maps, work, shared, barriers);
     if (threadIdx.x >= 64) ProduceTable<T>(params, work, threadIdx.x - 64, table, barriers);
   } else {
-    ptx::RegistersUp<kConsumerRegisters>();
+    ptx::RegistersUp<T::kConsumerRegisters>();
     Consume<T>(params, work, table, shared, barriers);
   }
 }
@@ -333,7 +525,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <class T>
 cudaError_t Launch(const AttentionParams& params, cudaStream_t stream) {
   const uint64_t heads = params.batch * params.heads, kv_heads = params.batch * params.kv_heads;
-  const int64_t items = (params.length_q + kQueries - 1) / kQueries * static_cast<int64_t>(heads);
+  const int64_t items = (params.length_q + T::kQueries - 1) / T::kQueries * static_cast<int64_t>(heads);
   if (items > INT32_MAX) return cudaErrorInvalidConfiguration;
   TensorMaps maps;
   cudaError_t error = Encode(
@@ -355,7 +547,7 @@ cudaError_t Launch(const AttentionParams& params, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   const unsigned ctas = static_cast<unsigned>(items < sms ? items : sms);
   AttentionKernel<T>
-      <<<ctas, kThreads, T::kSharedBytes, stream>>>(params, maps, static_cast<unsigned>(items));
+      <<<ctas, T::kThreads, T::kSharedBytes, stream>>>(params, maps, static_cast<unsigned>(items));
   return cudaGetLastError();
 }
 

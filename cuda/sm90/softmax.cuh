@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/layout.h"
+#include "common/masks.cuh"
 #include "common/ptx.cuh"
 #include "sm90/barrier.cuh"
 #include "sm90/wgmma.cuh"
@@ -30,12 +31,13 @@ struct Scores {
   float q_scale[2], k_scale[T::kBlocks];
   float max[2] = {-kInf, -kInf};
   float sum[2] = {0, 0};  // P before rounding, of this thread's columns
+  float bias[T::kBiased ? T::kBlocks : 1][T::kBiased ? kBlockKv / 2 : 1];  // as the scores
 
-  // QK^T has been issued, a group a block. `first`: there is no maximum yet. With kMasked the rows
-  // see `visible` keys of the tile from this thread's first on, and the warpgroup sees `seen`.
-  template <bool kMasked>
+  // QK^T has been issued, a group a block. `first`: there is no maximum yet. `seen`: what the rows
+  // see; no row of the warpgroup sees more than the first `keys`.
+  template <class Seen>
   __device__ __forceinline__ void Softmax(uint32_t (&p)[T::kBlocks][Pv::kRegisters], Pv& sums,
-                                          bool first, const int (&visible)[2], int seen,
+                                          bool first, const Seen& seen, int keys,
                                           int opaque_zero) {
     float tile_sum[2] = {0, 0};
     uint32_t over[2] = {first ? ~0u : 0, first ? ~0u : 0};
@@ -47,7 +49,7 @@ struct Scores {
         ptx::WgmmaWait<0>();
       }
       ptx::Pin(s[block]);
-      if (!first) ComputeP<kMasked>(p[block], block, visible, seen, over, tile_sum);
+      if (!first) ComputeP<false>(p[block], block, seen, keys, over, tile_sum);
     }
     if (__any_sync(0xffffffffu, ((over[0] | over[1]) & Pv::kLimitMask) != 0)) {
       // Other values to the compiler: it would keep the converted scores and the 64 comparisons of
@@ -57,12 +59,12 @@ struct Scores {
 #pragma unroll
         for (int i = 0; i < kBlockKv / 2; ++i) s[block][i] += opaque_zero;
       }
-      const int again_visible[2] = {visible[0] + opaque_zero, visible[1] + opaque_zero};
-      Raise<kMasked>(sums, again_visible, over);
+      const Seen again_seen = seen.Opaque(opaque_zero);
+      Raise(sums, again_seen, over);
       tile_sum[0] = tile_sum[1] = 0;
 #pragma unroll
       for (int block = 0; block < T::kBlocks; ++block) {
-        ComputeP<kMasked>(p[block], block, again_visible, seen, over, tile_sum);
+        ComputeP<true>(p[block], block, again_seen, keys, over, tile_sum);
       }
     }
     sum[0] += tile_sum[0];
@@ -70,17 +72,22 @@ struct Scores {
   }
 
  private:
-  // P of a block; sets bits of kLimitMask in `over` where a row has one beyond the limit.
-  template <bool kMasked>
+  // P of a block; sets bits of kLimitMask in `over` where a row has one beyond the limit. A row
+  // without a maximum has infinite P then, where it sees something.
+  template <bool kAgain, class Seen>
   __device__ __forceinline__ void ComputeP(uint32_t (&p)[Pv::kRegisters], int block,
-                                           const int (&visible)[2], int seen, uint32_t (&over)[2],
+                                           const Seen& seen, int keys, uint32_t (&over)[2],
                                            float (&tile_sum)[2]) {
-    if (kMasked && kBlockKv * block >= seen) {  // of the whole warpgroup
+    if (Seen::kMasked && kBlockKv * block >= keys) {  // of the whole warpgroup
 #pragma unroll
       for (uint32_t& x : p) x = 0;
       return;
     }
-    const float offset[2] = {kLog2PMax - max[0], kLog2PMax - max[1]};
+    float offset[2] = {kLog2PMax - max[0], kLog2PMax - max[1]};
+    if constexpr (T::kBiased && kAgain) {  // still no maximum: the bias hides all, and P is 0
+      if (max[0] == -kInf) offset[0] = 0;
+      if (max[1] == -kInf) offset[1] = 0;
+    }
     const float scale[2] = {q_scale[0] * k_scale[block], q_scale[1] * k_scale[block]};
 #pragma unroll
     for (int pair = 0; pair < kBlockKv / 16; ++pair) {  // 16 keys
@@ -91,13 +98,24 @@ struct Scores {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int half = e / 2;
-          x[i][e] =
-              ptx::Exp2(fmaf(static_cast<float>(s[block][4 * n + e]), scale[half], offset[half]));
-          if (kMasked && kBlockKv * block + 8 * n + e % 2 >= visible[half]) x[i][e] = 0;
-          if constexpr (T::kExactSum || !Pv::kSumsRows) tile_sum[half] += x[i][e];
+          float shift = offset[half];
+          if constexpr (T::kBiased) shift = fmaf(bias[block][4 * n + e], kLog2E, shift);
+          x[i][e] = ptx::Exp2(fmaf(static_cast<float>(s[block][4 * n + e]), scale[half], shift));
+          const bool is_seen = seen(half, kBlockKv * block + 8 * n + e % 2);
+          if constexpr (!Seen::kBits) {
+            if (!is_seen) x[i][e] = 0;
+          }
+          if constexpr (T::kExactSum || !Pv::kSumsRows) {
+            if (!Seen::kBits || is_seen) tile_sum[half] += x[i][e];
+          }
         }
       }
       Pv::Pack(p, pair, x);
+      // Bits mask packed codes: a few instructions for a register of them.
+      if constexpr (Seen::kBits) {
+        Pv::Hide(p, pair, seen.bits[0] >> (16 * block + 4 * pair),
+                 seen.bits[1] >> (16 * block + 4 * pair));
+      }
     }
     // The two rows alternate in the registers of an A fragment.
 #pragma unroll
@@ -105,27 +123,42 @@ struct Scores {
   }
 
   // Raises m of the rows that are over the limit.
-  template <bool kMasked>
-  __device__ __forceinline__ void Raise(Pv& sums, const int (&visible)[2],
-                                        const uint32_t (&over)[2]) {
+  template <class Seen>
+  __device__ __forceinline__ void Raise(Pv& sums, const Seen& seen, const uint32_t (&over)[2]) {
     float alpha[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float tile_max = -kInf, total = 0;
 #pragma unroll
       for (int block = 0; block < T::kBlocks; ++block) {
+        if constexpr (T::kBiased) {
+          const float scale = q_scale[half] * k_scale[block];
+#pragma unroll
+          for (int n = 0; n < kBlockKv / 8; ++n) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              const float shift = bias[block][4 * n + 2 * half + e] * kLog2E;
+              if (!seen(half, kBlockKv * block + 8 * n + e) || shift <= kHidingBias) continue;
+              const float score =
+                  __fmaf_ru(static_cast<float>(s[block][4 * n + 2 * half + e]), scale, shift);
+              tile_max = fmaxf(tile_max, score);
+              total += score;
+            }
+          }
+          continue;
+        }
         int32_t best = INT32_MIN, block_total = 0;  // 16 scores of up to 2^21
 #pragma unroll
         for (int n = 0; n < kBlockKv / 8; ++n) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            if (kMasked && kBlockKv * block + 8 * n + e >= visible[half]) continue;
+            if (!seen(half, kBlockKv * block + 8 * n + e)) continue;
             best = ::max(best, s[block][4 * n + 2 * half + e]);
             block_total += s[block][4 * n + 2 * half + e];
           }
         }
         // A block without keys has no scale either.
-        if (!kMasked || best != INT32_MIN) {
+        if (!Seen::kMasked || best != INT32_MIN) {
           const float scale = q_scale[half] * k_scale[block];
           // Up: P is computed from the exact product, and may not be beyond P_MAX.
           tile_max = fmaxf(tile_max, __fmul_ru(static_cast<float>(best), scale));
@@ -139,8 +172,8 @@ struct Scores {
         tile_max = fmaxf(tile_max, __shfl_xor_sync(0xffffffffu, tile_max, lanes));
         total += __shfl_xor_sync(0xffffffffu, total, lanes);
       }
-      const int keys = kMasked ? visible[half] + 2 * static_cast<int>(threadIdx.x & 3) : T::kTile;
-      const float mean = total / static_cast<float>(::max(::min(keys, T::kTile), 1));
+      const int count = seen.template Count<T::kTile>(half);
+      const float mean = total / static_cast<float>(::max(count, 1));
       const float old = max[half];
       if (raise != 0) max[half] = fmaxf(old, ceilf(tile_max) + Pv::Room(tile_max - mean));
       alpha[half] = max[half] == old ? 1.0f : ptx::Exp2(old - max[half]);

@@ -69,6 +69,15 @@ struct PvFp8 {
     p[2 * pair] = ptx::PackE4m3(x[0][0], x[0][1], x[1][0], x[1][1]);
     p[2 * pair + 1] = ptx::PackE4m3(x[0][2], x[0][3], x[1][2], x[1][3]);
   }
+  // Puts 0 where the rows' bits 0 to 3, keys 0, 1, 8 and 9, are not set.
+  static __device__ __forceinline__ void Hide(uint32_t (&p)[kRegisters], int pair, uint32_t seen0,
+                                              uint32_t seen1) {
+    const auto bytes = [](uint32_t bits) {
+      return ((bits & 0xf) * 0x00204081 & 0x01010101) * 0xff;
+    };
+    p[2 * pair] &= bytes(seen0);
+    p[2 * pair + 1] &= bytes(seen1);
+  }
   // Powers of two that a row's maximum may grow by before a tile must be done again. They cost
   // range at the other end: a key with an average score must keep a P that is a normal number
   // (2^-6 and more) with three powers to spare, or small weights behind a few large scores vanish.
@@ -180,6 +189,16 @@ struct PvFp16 {
     p[4 * pair + 1] = ptx::PackF16(x[0][2], x[0][3]);
     p[4 * pair + 2] = ptx::PackF16(x[1][0], x[1][1]);
     p[4 * pair + 3] = ptx::PackF16(x[1][2], x[1][3]);
+  }
+  static __device__ __forceinline__ void Hide(uint32_t (&p)[kRegisters], int pair, uint32_t seen0,
+                                              uint32_t seen1) {
+    const auto halves = [](uint32_t bits) {
+      return ((bits & 3) * 0x8001 & 0x00010001) * 0xffff;
+    };
+    p[4 * pair] &= halves(seen0);
+    p[4 * pair + 1] &= halves(seen1);
+    p[4 * pair + 2] &= halves(seen0 >> 2);
+    p[4 * pair + 3] &= halves(seen1 >> 2);
   }
   // The limit is 2^(15 - log2 P_MAX) above what P starts with: room enough.
   static __device__ __forceinline__ float Room(float) { return 0; }

@@ -1,0 +1,106 @@
+"""Masks as the kernels take them: arrays of the custom call, made on the device.
+
+Nothing here is of size T·S but a boolean mask, a bit an element, and the bias as it was given.
+Layouts (also checked by the C++ handlers), with Tp and Sp the lengths padded to ROWS_PADDED and
+TILE, and a 1 for every dimension that is alike for all:
+
+rows    int32 [B, Tp, 2]: the first key that a query may see, and the one behind the last
+groups  int32 [B, Tp/64, 4], of 64 queries: least first, greatest end, greatest first, least end
+words   uint32 [B, N, Sp/128, Tp, 4]: bit 2n + e of element j is the mask of key 8n + 2j + e
+views   uint8 [B, N, Tp/64, Sp/128]: whether 64 queries see none (0), some (1) or all (2) of 128
+ids     int32 [B, Tp] and [B, Sp], and the least and greatest of 64 queries and of 128 keys
+bias    as given; keys padded to Sp, or two columns that stand for all
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_sage.masking import Masks, View
+
+ROWS_PADDED = 128
+GROUP = 64  # queries that are planned together
+TILE = 128  # keys that are planned together
+
+
+class MaskOperands(NamedTuple):
+    arrays: tuple[jax.Array, ...]  # without those of the quantized operands
+    attributes: dict[str, np.int64]
+
+
+def make(
+    view: View, masks: Masks, batch: Sequence[int], key: jax.Array, value: jax.Array
+) -> MaskOperands:
+    """`view` is of queries padded to ROWS_PADDED; `key` and `value` are [*B, S, K, H]."""
+    rows, groups = _intervals(view, batch)
+    arrays = [rows, groups, key, value]
+    if masks.mask is not None:
+        arrays += _mask(flat_batch(masks.mask, batch), view.padded_q, key.shape[-3])
+    if masks.query_segment_ids is not None and masks.key_value_segment_ids is not None:
+        query = _pad_by_last(flat_batch(masks.query_segment_ids, batch), view.padded_q)
+        ids = _pad_by_last(
+            flat_batch(masks.key_value_segment_ids, batch), round_up(key.shape[-3], TILE)
+        )
+        arrays += [query, ids, _ranges(query, GROUP), _ranges(ids, TILE)]
+    if masks.bias is not None:
+        arrays.append(_bias(flat_batch(masks.bias, batch), key.shape[-3]))
+    return MaskOperands(
+        tuple(arrays),
+        {
+            "masked": np.int64(1),
+            "mask": np.int64(masks.mask is not None),
+            "segments": np.int64(masks.query_segment_ids is not None),
+            "bias": np.int64(masks.bias is not None),
+        },
+    )
+
+
+def round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+def flat_batch(x: jax.Array, batch: Sequence[int]) -> jax.Array:
+    """[*B, ...] -> [B, ...], with ones for dimensions that are alike; all of them, or none."""
+    lead, rest = x.shape[: len(batch)], x.shape[len(batch) :]
+    if all(d == 1 for d in lead):
+        return x.reshape(1, *rest)
+    return jnp.broadcast_to(x, (*batch, *rest)).reshape(math.prod(batch), *rest)
+
+
+def _intervals(view: View, batch: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+    first, end = flat_batch(view.first, batch), flat_batch(view.end, batch)
+    by_group = (first.shape[0], -1, GROUP)
+    firsts, ends = first.reshape(by_group), end.reshape(by_group)
+    groups = jnp.stack([firsts.min(-1), ends.max(-1), firsts.max(-1), ends.min(-1)], axis=-1)
+    return jnp.stack([first, end], axis=-1), groups
+
+
+def _mask(mask: jax.Array, padded_q: int, length_kv: int) -> list[jax.Array]:
+    """words and views of a mask [B, N, T, S], any of which may be 1."""
+    mask = jnp.broadcast_to(mask, (*mask.shape[:3], length_kv))
+    tiles = round_up(length_kv, TILE) // TILE
+    rows = 1 if mask.shape[2] == 1 else padded_q
+    results = (
+        jax.ShapeDtypeStruct((*mask.shape[:2], tiles, rows, 4), jnp.uint32),
+        jax.ShapeDtypeStruct((*mask.shape[:2], -(-rows // GROUP), tiles), jnp.uint8),
+    )
+    return list(jax.ffi.ffi_call("jax_sage_pack_mask", results)(mask))
+
+
+def _pad_by_last(ids: jax.Array, size: int) -> jax.Array:
+    return jnp.pad(ids, [(0, 0), (0, size - ids.shape[-1])], mode="edge")
+
+
+def _ranges(ids: jax.Array, size: int) -> jax.Array:
+    ids = ids.reshape(ids.shape[0], -1, size)
+    return jnp.stack([ids.min(-1), ids.max(-1)], axis=-1)
+
+
+def _bias(bias: jax.Array, length_kv: int) -> jax.Array:
+    if bias.shape[-1] == 1 and length_kv > 1:
+        return jnp.broadcast_to(bias, (*bias.shape[:-1], 2))
+    return jnp.pad(bias, [(0, 0)] * 3 + [(0, -length_kv % TILE)])
