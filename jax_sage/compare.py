@@ -137,9 +137,10 @@ class Comparison:
             ),
         ]
         if self.outliers:
+            some = f"the first 8 of {len(self.outliers)}" if len(self.outliers) > 8 else "all"
             tables.append(
                 (
-                    f"Channels that stand out ({len(self.outliers)}), largest mean first",
+                    f"Channels that stand out, largest mean first, {some}",
                     ("tensor", "place", "mean", "std"),
                     [
                         (o.tensor, _place(o.place), f"{o.mean:.3g}", f"{o.std:.3g}")
@@ -353,7 +354,7 @@ def _on_kernels(
     if jax.default_backend() != "gpu" or not kernels.capabilities():
         return None, None
     q, _, v, *_ = operands
-    if lowering_cuda.why_portable(q, v, params["given"], params["band"], params["recipe"]):
+    if lowering_cuda.why_portable(q, v, params["recipe"]):
         return None, None
     run = jax.jit(functools.partial(primitive.attention_p.bind, **params))
     return run(*operands)[0], _seconds(run, *operands)

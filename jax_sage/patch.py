@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import inspect
-import os
 import sys
 import threading
 import warnings
@@ -13,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jax_sage import calls
+from jax_sage import calls, places
 from jax_sage.adapters import SwappedAttention, library_of
 from jax_sage.policy import Policy
 from jax_sage.report import Report
@@ -214,7 +213,7 @@ _LIBRARIES = ("jax_sage", "jax", "flax", "equinox", "keras")
 
 
 def caller() -> str:
-    """The place outside of libraries that calls: "models/dit.py:88 (Block.attend)"."""
+    """The place outside of libraries that calls."""
     frame: FrameType | None = inspect.currentframe()
     while frame is not None:
         library = str(frame.f_globals.get("__name__", "")).partition(".")[0]
@@ -223,7 +222,5 @@ def caller() -> str:
         frame = frame.f_back
     if frame is None:
         return "an unknown place"
-    folder, file = os.path.split(frame.f_code.co_filename)
-    place = os.path.join(os.path.basename(folder), file)
     name = frame.f_code.co_qualname.rpartition("<locals>.")[2]
-    return f"{place}:{frame.f_lineno} ({name})"
+    return places.describe(frame.f_code.co_filename, frame.f_lineno, name)

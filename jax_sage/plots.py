@@ -1,8 +1,8 @@
 """Pictures of comparisons. Needs matplotlib."""
 
+import io
 from typing import TYPE_CHECKING
 
-import matplotlib.pyplot  # noqa: F401 (a notebook shows figures once this is imported)
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,8 +16,19 @@ _COLORS = ("tab:orange", "tab:blue", "tab:green", "tab:purple", "tab:brown")
 _GREY = "0.6"
 
 
+class _NotebookFigure(Figure):
+    """Shows itself in a notebook; others do so only once pyplot has loaded its backend."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png")
+        return file.getvalue()
+
+
 def _figure(panels: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(6.2 * min(panels, 2), 3.9 * -(-panels // 2)), layout="constrained")
+    figure = _NotebookFigure(
+        figsize=(6.2 * min(panels, 2), 3.9 * -(-panels // 2)), layout="constrained"
+    )
     axes = figure.subplots(-(-panels // 2), min(panels, 2), squeeze=False).ravel()
     for panel in axes:
         panel.grid(axis="y", color="0.9")
@@ -51,7 +62,8 @@ def draw_comparison(comparison: Comparison) -> Figure:
             heads.plot(values, ".", label=label, color=color)
     by_entry = next(iter(recipes.values())).by_head
     batched = by_entry.size > by_entry.shape[-1]
-    heads.margins(y=0.3)  # room for the legend
+    for panel in (heads, steps, last):
+        panel.margins(y=0.3)  # room for the legend
     heads.set(
         title="Error of each head",
         xlabel="batch entry × head" if batched else "head",
@@ -100,9 +112,9 @@ def draw_model(comparison: "ModelComparison") -> Figure:
     for i, recipe in enumerate(comparison.recipes):
         color = _COLORS[i % len(_COLORS)]
         errors = [layer.relative_l1[recipe] for layer in comparison.layers]
-        axes.plot(range(len(errors)), errors, "o-", label=f"{recipe}, of each layer", color=color)
+        axes.plot(range(len(errors)), errors, "o-", label=f"{recipe}: each attention", color=color)
         whole = comparison.output[recipe].relative_l1
-        axes.axhline(whole, label=f"{recipe}, of the model's output", color=color, linestyle=":")
+        axes.axhline(whole, label=f"{recipe}: the model's output", color=color, linestyle=":")
     paths = [layer.path for layer in comparison.layers]
     if len(paths) <= 24:
         axes.set_xticks(range(len(paths)), paths, rotation=35, ha="right", fontsize=8)
@@ -112,5 +124,5 @@ def draw_model(comparison: "ModelComparison") -> Figure:
         ylabel="relative L1",
         ylim=(0, None),
     )
-    axes.legend(fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
     return figure

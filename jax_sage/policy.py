@@ -19,7 +19,8 @@ class Rule:
     Attributes:
       path: pattern of the module path, with ``*`` and ``?`` as in file names; ``*`` also matches
         ``/``. Paths are ``"encoder/layers/0/attention"``; under :func:`jax_sage.patch`, where no
-        module is known, the place of the call: ``"models/dit.py:88 (Block.__call__)"``.
+        module is known, the place of the call: ``"models/dit.py:88 (Block.__call__)"``, in a
+        notebook ``"cell 3, line 2 (attend)"``.
       min_length: applies only where there are at least so many queries and keys. None: where it
         pays on this device, from 1024 on a GPU; from 1 elsewhere, where it is not about speed.
       recipe: the recipe of :func:`jax_sage.attention`.

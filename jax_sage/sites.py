@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from jax_sage import places
 from jax_sage.report import html_table, text_table
 
 # Operations whose results hold, element by element, what their operands hold.
@@ -239,7 +240,11 @@ def _describe(product: core.JaxprEqn, after: core.JaxprEqn) -> AttentionSite:
     frames = _frames(product)
     functions = {name for _, name, _, in_library in frames if in_library}
     place = next(
-        (f"{file}:{line} ({name})" for file, name, line, in_library in frames if not in_library),
+        (
+            places.describe(file, line, name)
+            for file, name, line, in_library in frames
+            if not in_library
+        ),
         "an unknown place",
     )
     # The product with V is inside of the function too, or it is not the whole attention.
@@ -269,9 +274,9 @@ def _frames(equation: core.JaxprEqn) -> list[tuple[str, str, int, bool]]:
     result = []
     for frame in traceback.frames if traceback else []:
         file = str(frame.file_name)
-        in_library = any(file.startswith(root) for root in roots) or file.startswith("<")
+        in_library = any(file.startswith(root) for root in roots)
         in_library = in_library or os.sep + "contextlib.py" in file
-        short = os.path.join(os.path.basename(os.path.dirname(file)), os.path.basename(file))
+        in_library = in_library or file.startswith("<") and places.cell(file) is None
         name = frame.function_name.rpartition(".")[2]
-        result.append((short, name, int(frame.line_num), in_library))
+        result.append((file, name, int(frame.line_num), in_library))
     return result

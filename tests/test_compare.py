@@ -132,6 +132,7 @@ def test_comparison_as_text_html_and_picture(tmp_path):
         assert piece in text
     assert result._repr_html_().count("<table>") == 3
     figure = result.plot()
+    assert figure._repr_png_().startswith(b"\x89PNG")  # how a notebook shows it
     titles = [axes.get_title() for axes in figure.axes]
     assert titles[0] == "Error of each head"
     assert len(titles) == 4
@@ -215,7 +216,10 @@ def test_capture_twice_and_nothing():
         assert len(capture(jax.jit(model), Q[0])) == 1
     with pytest.warns(SwapWarning, match="found no attention"):
         assert capture(jnp.sin, Q[0]) == []
-    with pytest.warns(SwapWarning, match="is not captured: query is int32"):
+    with (
+        pytest.warns(SwapWarning, match="is not captured: query is int32"),
+        pytest.warns(SwapWarning, match="found no attention"),
+    ):
         capture(model, Q[0].astype(np.int32))
 
 

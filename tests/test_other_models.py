@@ -251,6 +251,7 @@ def test_transformers_vit_by_a_subclass(monkeypatch):
 # qwix: quantizes the matrix products of the rest.
 
 
+@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:qwix\.")
 def test_qwix_quantizes_the_rest():
     qwix = package("qwix")
     from flax import nnx

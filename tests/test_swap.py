@@ -216,13 +216,16 @@ def test_nnx_dropout(deterministic):
         exact = model(X, deterministic=True)
         assert_swapped(swapped(X, deterministic=True), exact)
     else:
-        with pytest.warns(
-            SwapWarning, match="blocks/0/attention is not swapped: dropout is active"
-        ):
+        with pytest.warns(SwapWarning) as warned:
             out = swapped(X, deterministic=False)
+        for i, warning in enumerate(warned):
+            expected = f"blocks/{i}/attention is not swapped: dropout is active"
+            assert expected in str(warning.message)
+        assert len(warned) == 2
         np.testing.assert_array_equal(out, model(X, deterministic=False))
 
 
+@pytest.mark.filterwarnings(r"ignore:Using 'Module.sow\(\)' outside:DeprecationWarning")
 def test_nnx_sown_weights():
     model = stack()
     swapped = jax_sage.swap(model)

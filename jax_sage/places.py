@@ -1,0 +1,28 @@
+"""Places in the code, as reports name them."""
+
+import os
+import re
+import sys
+
+
+def describe(file: str, line: int, function: str) -> str:
+    """As "models/dit.py:88 (Block.attend)", and in a notebook as "cell 3, line 2 (attend)"."""
+    number = cell(file)
+    if number is None:
+        folder, name = os.path.split(file)
+        return f"{os.path.join(os.path.basename(folder), name)}:{line} ({function})"
+    suffix = "" if function == "<module>" else f" ({function})"
+    return f"cell {number}, line {line}{suffix}"
+
+
+def cell(file: str) -> str | None:
+    """The number of the cell that IPython has compiled under this name, which is a temporary one.
+
+    None if it is another file, or this is not IPython.
+    """
+    get_ipython = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    compiler = getattr(get_ipython() if get_ipython else None, "compile", None)
+    names = getattr(compiler, "format_code_name", None)
+    label = names(file) if names else None  # ("Cell", "In[3]")
+    number = re.search(r"\d+", label[1]) if label else None
+    return number.group() if number else None
