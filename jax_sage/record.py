@@ -139,7 +139,7 @@ def run_tests(root: pathlib.Path) -> dict[str, int]:
         report = pathlib.Path(folder) / "report.xml"
         command = [sys.executable, "-P", "-m", "pytest", "tests"]
         subprocess.run(
-            [*command, "-m", "gpu", "-n", str(processes), f"--junitxml={report}"],
+            [*command, "-m", "gpu", "-n", str(processes), "--durations=10", f"--junitxml={report}"],
             cwd=root,
             check=False,
         )

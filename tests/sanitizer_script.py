@@ -22,19 +22,18 @@ CASES = [
 # More query tiles (288) than any GPU has SMs, more tiles of keys than stages: a persistent kernel
 # goes round. Those on mma.sync are not persistent.
 MANY_TILES = (2, 1100, 700, 16, 2, 64, "bfloat16", "8+8", True)
-
-
-# What masks a call has besides its window: (mask, bias, segments, lengths).
-MASKS = [
-    (True, False, False, False),
-    (False, True, False, True),
+# What masks a call has besides its window: (recipe, mma_sync, mask, bias, segments, lengths).
+MASKED = [
+    ("8+8", False, True, True, True, True),
+    ("8+16", False, True, False, False, True),
+    ("8+8", True, True, False, False, True),
+    ("8+16", True, False, True, False, False),
 ]
-SEGMENTS = (True, True, True, True)
 MASKED_SHAPE = (2, 150, 300, 2, 1, 64)
 
 
 def run_masked(
-    recipe: str, mask: bool, bias: bool, segments: bool, lengths: bool, mma_sync: bool
+    recipe: str, mma_sync: bool, mask: bool, bias: bool, segments: bool, lengths: bool
 ) -> None:
     batch, length_q, length_kv, heads, kv_heads, head_dim = MASKED_SHAPE
     scores = (batch, heads, length_q, length_kv)
@@ -47,12 +46,8 @@ def run_masked(
     masks = Masks(
         mask=jnp.arange(length_kv).reshape(1, 1, 1, -1) % 3 > 0 if mask else None,
         bias=jnp.zeros(scores, jnp.float32) if bias else None,
-        query_segment_ids=jnp.arange(batch * length_q).reshape(batch, -1) // 40
-        if segments
-        else None,
-        key_value_segment_ids=(
-            jnp.arange(batch * length_kv).reshape(batch, -1) // 80 if segments else None
-        ),
+        query_segment_ids=ids(length_q) if segments else None,
+        key_value_segment_ids=ids(length_kv) if segments else None,
         key_value_seq_lengths=jnp.array([length_kv, 70]) if lengths else None,
     )
     attention = functools.partial(
@@ -100,11 +95,8 @@ def main() -> None:
                 run(*case, mma_sync)
         run(*MANY_TILES, mma_sync=False)
     else:
-        for mma_sync in (False, True):
-            for recipe in RECIPES:
-                for masks in MASKS:
-                    run_masked(recipe, *masks, mma_sync)
-        run_masked("8+8", *SEGMENTS, mma_sync=False)
+        for case in MASKED:
+            run_masked(*case)
     print("all cases ran")
 
 

@@ -584,7 +584,7 @@ def test_sanitizer(tool, summary, calls, tmp_path):
         env=env,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=200,
     )
     report = result.stdout + result.stderr
     if "Device not supported" in report:
