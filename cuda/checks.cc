@@ -197,8 +197,8 @@ void CheckMasks(Checker& check, const std::vector<Buffer>& args, const Buffer& o
   check.Is("value", args[13], out.dtype, tokens);
   size_t next = 14;
   if (kinds.mask) {
-    check.IsOrOne("words", args[next], "U32", {s.batch, s.heads, tiles, s.padded_q, 4}, 1 | 2 | 8);
-    check.IsOrOne("views", args[next + 1], "U8", {s.batch, s.heads, groups, tiles}, 1 | 2 | 4);
+    check.IsOrOne("words", args[next], "U32", {s.batch, s.heads, tiles, s.padded_q, 4}, 1 | 2 | 4 | 8);
+    check.IsOrOne("views", args[next + 1], "U8", {s.batch, s.heads, groups, tiles}, 1 | 2 | 4 | 8);
     next += 2;
   }
   if (kinds.segments) {

@@ -10,17 +10,18 @@
 namespace jax_sage {
 
 struct Buffer {
-  std::string dtype;  // XLA's names: "F16", "BF16", "F32", "S8", "S32", "U32", "F8E4M3FN"
+  std::string dtype;  // XLA's names: "F16", "BF16", "F32", "S8", "U8", "S32", "U32", "PRED",
+                      // "F8E4M3FN"
   std::vector<int64_t> dims;
 };
 using Attrs = std::map<std::string, double>;
 
-// Dimensions of one call, from its buffers.
 // What a call of attention is given besides the nine buffers.
 struct MaskKinds {
   bool masked = false, mask = false, segments = false, bias = false;
 };
 
+// Dimensions of one call, from its buffers.
 struct Sizes {
   int64_t batch = 0;  // product of the leading dimensions
   int64_t length_q = 0, heads = 0, head_dim = 0;

@@ -183,12 +183,13 @@ MaskParams ReadMasks(const std::vector<ffi::AnyBuffer>& in, const MaskKinds& kin
     masks.words = Data<const uint32_t>(words);
     masks.word_batch_stride = Stride(words, 0);
     masks.word_head_stride = Stride(words, 1);
-    masks.word_tile_stride = static_cast<int>(4 * words.dimensions()[3]);
-    masks.word_row_stride = static_cast<int>(Stride(words, 3));
+    masks.word_tile_stride = Stride(words, 2);
+    masks.word_row_stride = static_cast<int>(Stride(words, 3));  // 4, or 0
     masks.views = Data<const uint8_t>(views);
     masks.view_batch_stride = Stride(views, 0);
     masks.view_head_stride = Stride(views, 1);
     masks.view_group_stride = static_cast<int>(Stride(views, 2));
+    masks.view_tile_stride = static_cast<int>(Stride(views, 3));
     next += 2;
   }
   if (kinds.segments) {

@@ -142,7 +142,9 @@ def _check_array(
     array = jnp.asarray(given)
     _check_static(name, array)
     if array.dtype.name not in dtypes:
-        advice = " A mask that is added belongs into bias." if name == "mask" else ""
+        advice = ""
+        if name == "mask":
+            advice = " Make it one by mask != 0; numbers that are to be added go into bias."
         raise TypeError(f"{name} is {array.dtype.name}; allowed: {', '.join(dtypes)}.{advice}")
     dims = array.shape
     while len(dims) > len(shape) and dims[0] == 1:  # [1, N, T, S] where there is no batch

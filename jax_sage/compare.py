@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import importlib
 import statistics
 import time
+import types
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,15 @@ _RUN = 32
 # A channel of K or V whose mean is this many standard deviations from zero is an outlier: smoothing
 # takes it away, and without it its size would set the scale of all others.
 _OUTLIER = 3.0
+
+
+def load_plots() -> types.ModuleType:
+    try:
+        return importlib.import_module("jax_sage.plots")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"plot(): {error}. It needs matplotlib: pip install matplotlib", name=error.name
+        ) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,9 +178,7 @@ class Comparison:
 
         Needs matplotlib. In a notebook the returned figure shows itself.
         """
-        from jax_sage import plots
-
-        return plots.draw_comparison(self)
+        return load_plots().draw_comparison(self)
 
 
 def compare(

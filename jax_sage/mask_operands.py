@@ -73,15 +73,21 @@ def flat_batch(x: jax.Array, batch: Sequence[int]) -> jax.Array:
 
 def _intervals(view: View, batch: Sequence[int]) -> tuple[jax.Array, jax.Array]:
     first, end = flat_batch(view.first, batch), flat_batch(view.end, batch)
-    by_group = (first.shape[0], -1, GROUP)
+    by_group = (first.shape[0], view.padded_q // GROUP, GROUP)
     firsts, ends = first.reshape(by_group), end.reshape(by_group)
-    groups = jnp.stack([firsts.min(-1), ends.max(-1), firsts.max(-1), ends.min(-1)], axis=-1)
+    # Queries that are padding have no outputs, and do not keep others from seeing all of a tile.
+    real = (jnp.arange(view.padded_q) < view.length_q).reshape(by_group[1:])
+    latest = jnp.where(real, firsts, np.int32(0)).max(-1)
+    earliest = jnp.where(real, ends, np.int32(view.length_kv)).min(-1)
+    groups = jnp.stack([firsts.min(-1), ends.max(-1), latest, earliest], axis=-1)
     return jnp.stack([first, end], axis=-1), groups
 
 
 def _mask(mask: jax.Array, padded_q: int, length_kv: int) -> list[jax.Array]:
     """words and views of a mask [B, N, T, S], any of which may be 1."""
-    mask = jnp.broadcast_to(mask, (*mask.shape[:3], length_kv))
+    if mask.shape[3] == 1 and length_kv > 1:  # one tile stands for all
+        length_kv = TILE
+        mask = jnp.broadcast_to(mask, (*mask.shape[:3], length_kv))
     tiles = round_up(length_kv, TILE) // TILE
     rows = 1 if mask.shape[2] == 1 else padded_q
     results = (

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_sage.capture import capture, under
-from jax_sage.compare import compare, cosine, relative_l1, rmse
+from jax_sage.compare import compare, cosine, load_plots, relative_l1, rmse
 from jax_sage.policy import Policy, Rule
 from jax_sage.report import html_table, text_table
 
@@ -118,9 +118,7 @@ class ModelComparison:
 
     def plot(self) -> "Figure":
         """Error of each attention and of the output. Needs matplotlib."""
-        from jax_sage import plots
-
-        return plots.draw_model(self)
+        return load_plots().draw_model(self)
 
 
 def compare_model(

@@ -77,7 +77,10 @@ def check_policy(policy: Policy | None) -> Policy:
     if policy is None:
         return Policy()
     if not isinstance(policy, Policy):
-        raise TypeError(f"policy is {policy!r}; it must be a jax_sage.Policy.")
+        raise TypeError(
+            f"policy is {policy!r}; it must be a jax_sage.Policy, for example "
+            "jax_sage.Policy([jax_sage.Rule(recipe='8+16')])."
+        )
     return policy
 
 
@@ -86,7 +89,8 @@ def complain(report: Report, who: str, strict: bool, stacklevel: int) -> None:
     what = f"\n{report}" if report.sites else " No attention that it reaches was found."
     message = (
         f"{who} swapped nothing.{what}\njax_sage.attention_sites(function, *args) lists what "
-        "computes attention in a function, and what would reach it."
+        "computes attention in a function, and what would reach it. strict=True makes this an "
+        "error."
     )
     if strict:
         raise ValueError(message)

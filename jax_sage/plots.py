@@ -78,12 +78,12 @@ def draw_comparison(comparison: Comparison) -> Figure:
     steps.legend(list(recipes), fontsize=9)
 
     before, after = comparison.key_channels
-    order = np.argsort(-before)
-    channels.plot(before[order], label="K", color=_GREY)
-    channels.plot(after[order], label="K less each head's mean", color=_COLORS[2])
+    # Each sorted by itself: two distributions, not channel against channel.
+    channels.plot(np.sort(before)[::-1], label="K", color=_GREY)
+    channels.plot(np.sort(after)[::-1], label="K less each head's mean", color=_COLORS[2])
     channels.set(
         title="Largest value in each channel of K, largest first",
-        xlabel="channels, sorted",
+        xlabel="channels, each curve sorted",
         ylabel="max |K|",
         ylim=(0, None),
     )

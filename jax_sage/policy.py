@@ -8,6 +8,7 @@ from jax_sage.recipe import Recipe, resolve
 
 # Queries and keys from which jax_sage is faster than what Flax models have, XLA's attention, by
 # compute capability. H200: 3.5 times at 1024, the shortest that was measured (benchmarks/records).
+# Models that ask for cuDNN's, which is faster at 1024 and slower from 4096 on, need another rule.
 _MIN_LENGTH = {90: 1024}
 _MIN_LENGTH_ELSEWHERE = 1024  # on GPUs that were not measured
 
@@ -22,7 +23,9 @@ class Rule:
         module is known, the place of the call: ``"models/dit.py:88 (Block.__call__)"``, in a
         notebook ``"cell 3, line 2 (attend)"``.
       min_length: applies only where there are at least so many queries and keys. None: where it
-        pays on this device, from 1024 on a GPU; from 1 elsewhere, where it is not about speed.
+        pays on this device, from 1024 on a GPU (against XLA's attention, which models have unless
+        they ask for cuDNN's: against that from 4096); from 1 elsewhere, where it is not about
+        speed.
       recipe: the recipe of :func:`jax_sage.attention`.
       off: keep the exact attention.
       causal: the mask that these attentions are given is the causal mask, and nothing else. It is

@@ -173,8 +173,8 @@ def _trace(function: Callable[..., Any], sample: tuple[Any, ...] | dict[str, Any
     """Traces a call with the sample's arrays; what is not an array stays as it is."""
     if not isinstance(sample, tuple | list | dict):
         raise TypeError(
-            f"sample is a {type(sample).__name__}; it must be a tuple of arguments, or a dict of "
-            "them by name."
+            f"sample is of type {type(sample).__name__}; it must be a tuple of arguments, as (x,), "
+            "or a dict of them by name."
         )
     leaves, tree = jax.tree.flatten(sample)
     kinds = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)

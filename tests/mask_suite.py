@@ -301,6 +301,17 @@ class MaskSuite:
         assert not out[0, 60].any() and np.isneginf(lse[0, 60]).all()
         assert np.isnan(out).sum() == N * H
 
+    @pytest.mark.parametrize("lowest", [-np.inf, -1e9])
+    def test_not_finite_query_from_which_a_bias_hides_all(self, lowest):
+        q, k, v = reference.inputs("normal", QUERY, KEY)
+        bias = random_bias((1, 1, T, S))
+        q[:, 7], bias[..., 7, :], bias[..., 30, :] = np.nan, lowest, lowest
+        out, lse = attention(q, k, v, bias=bias)
+        for row in (7, 30):
+            assert not out[:, row].any()
+            assert np.isneginf(lse[:, row]).all()
+        assert np.isfinite(out).all()
+
     def test_not_finite_bias(self):
         """NaN and inf reach their query if it sees that key; -inf hides it."""
         q, k, v = reference.inputs("normal", QUERY, KEY)

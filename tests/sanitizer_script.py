@@ -22,44 +22,50 @@ CASES = [
 # More query tiles (288) than any GPU has SMs, more tiles of keys than stages: a persistent kernel
 # goes round. Those on mma.sync are not persistent.
 MANY_TILES = (2, 1100, 700, 16, 2, 64, "bfloat16", "8+8", True)
-# What masks a call has besides its window: (recipe, mma_sync, mask, bias, segments, lengths).
+# (recipe, mma_sync, exact_lse, what there is of masks, shape), one for each kernel on wgmma.
+MANY, FEW = (2, 1100, 700, 16, 2, 64), (2, 150, 300, 2, 1, 128)
 MASKED = [
-    ("8+8", False, True, True, True, True),
-    ("8+16", False, True, False, False, True),
-    ("8+8", True, True, False, False, True),
-    ("8+16", True, False, True, False, False),
+    ("8+8", False, False, "window", MANY),
+    ("8+8", False, True, "mask", MANY),
+    ("8+8", False, True, "bias", MANY),
+    ("8+16", False, True, "lengths", MANY),
+    ("8+16", False, True, "mask bias", FEW),
+    ("8+8", False, True, "mask bias lengths window", FEW),
+    ("8+8", True, True, "mask lengths", FEW),
+    ("8+16", True, True, "bias", FEW),
+    ("8+8", False, True, "segments", FEW),
 ]
-MASKED_SHAPE = (2, 150, 300, 2, 1, 64)
 
 
 def run_masked(
-    recipe: str, mma_sync: bool, mask: bool, bias: bool, segments: bool, lengths: bool
+    recipe: str, mma_sync: bool, exact_lse: bool, kinds: str, shape: tuple[int, ...]
 ) -> None:
-    batch, length_q, length_kv, heads, kv_heads, head_dim = MASKED_SHAPE
-    scores = (batch, heads, length_q, length_kv)
+    batch, length_q, length_kv, heads, kv_heads, head_dim = shape
 
     def ids(length: int) -> jax.Array:
         return jnp.broadcast_to(jnp.arange(length) * 4 // length, (batch, length))
 
+    has = set(kinds.split())
     q = jnp.ones((batch, length_q, heads, head_dim), jnp.bfloat16)
     k = jnp.ones((batch, length_kv, kv_heads, head_dim), jnp.bfloat16)
     masks = Masks(
-        mask=jnp.arange(length_kv).reshape(1, 1, 1, -1) % 3 > 0 if mask else None,
-        bias=jnp.zeros(scores, jnp.float32) if bias else None,
-        query_segment_ids=ids(length_q) if segments else None,
-        key_value_segment_ids=ids(length_kv) if segments else None,
-        key_value_seq_lengths=jnp.array([length_kv, 70]) if lengths else None,
+        mask=jnp.arange(length_kv).reshape(1, 1, 1, -1) % 3 > 0 if "mask" in has else None,
+        bias=jnp.zeros((1, 1, length_q, length_kv), jnp.float32) if "bias" in has else None,
+        query_segment_ids=ids(length_q) if "segments" in has else None,
+        key_value_segment_ids=ids(length_kv) if "segments" in has else None,
+        key_value_seq_lengths=jnp.array([length_kv, 70]) if "lengths" in has else None,
     )
     attention = functools.partial(
         lowering_cuda.attention,
         scale_log2=0.1,
-        band=Band(left=100),
-        exact_lse=True,
+        band=Band(left=100) if "window" in has else Band(),
+        exact_lse=exact_lse,
         recipe=RECIPES[recipe],
         mma_sync=mma_sync,
     )
     out, lse = jax.jit(attention)(q, k, k, masks)
     assert bool(((out == 1).all(-1) == (lse > -jnp.inf)).all())
+    print("ran", recipe, "mma.sync" if mma_sync else "own", kinds, flush=True)
 
 
 def run(

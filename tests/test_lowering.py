@@ -544,7 +544,8 @@ def test_masks_may_have_ones():
     args, results, attrs = right_call("attention with masks")
     names = NAMES["attention with masks"][0]
     for name, axis in [
-        ("rows", 0), ("groups", 0), ("words", 0), ("words", 1), ("words", 3), ("views", 2),
+        ("rows", 0), ("groups", 0), ("words", 0), ("words", 1), ("words", 2), ("words", 3),
+        ("views", 2), ("views", 3),
         ("query_ids", 0), ("key_ranges", 0), ("bias", 0), ("bias", 1), ("bias", 2),
     ]:  # fmt: skip
         dtype, dims = args[names.index(name)]

@@ -240,4 +240,5 @@ def test_module_says_what_it_was_built_for(cuda_module, backend):
 
 
 def test_module_has_the_custom_calls(cuda_module):
-    assert set(cuda_module.ffi_targets()) == {"jax_sage_quantize", "jax_sage_attention"}
+    names = {"jax_sage_quantize", "jax_sage_attention", "jax_sage_pack_mask"}
+    assert set(cuda_module.ffi_targets()) == names

@@ -23,7 +23,8 @@ struct MaskParams {
   const uint32_t* words;
   const uint8_t* views;
   int64_t word_batch_stride, word_head_stride, view_batch_stride, view_head_stride;
-  int word_row_stride, word_tile_stride, view_group_stride;
+  int64_t word_tile_stride;
+  int word_row_stride, view_group_stride, view_tile_stride;
 
   // Segment ids [B, Tp] and [B, S], or null, and the least and greatest of each group and tile.
   const int* query_ids;
@@ -32,8 +33,8 @@ struct MaskParams {
   const int2* key_ranges;
   int64_t query_id_stride, key_id_stride, query_range_stride, key_range_stride;
 
-  // Bias [B, N, T, S or 2], or null; rows are aligned to two elements. With a column stride of 0
-  // all keys have the same.
+  // Bias [B, N, T, S or 2], or null; S is padded to a multiple of kMaskKeys. With a column stride
+  // of 0 all keys have the same.
   const void* bias;
   DType bias_type;
   int64_t bias_batch_stride, bias_head_stride, bias_row_stride, bias_column_stride;

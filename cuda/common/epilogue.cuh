@@ -30,8 +30,8 @@ __device__ __forceinline__ Position FindPosition(const AttentionParams& params, 
   const unsigned all_heads = blocks / q_tiles;
   unsigned head, q_index;
   if (params.is_causal || params.masks.rows != nullptr) {
-    // The longest first, over all heads, so that the short ones fill the end; and so that heads
-    // which share a mask or a bias read the same part of it at the same time.
+    // Over all heads; causal: the longest first, so that the short ones fill the end; masks: heads
+    // that share one read the same part of it at the same time.
     q_index = q_tiles - 1 - block / all_heads;
     head = block % all_heads;
   } else {

@@ -24,7 +24,8 @@ __device__ __forceinline__ TileView ViewOfTile(const MaskParams& masks, int batc
   if (masks.words != nullptr) {
     const unsigned view =
         __ldg(masks.views + batch * masks.view_batch_stride + head * masks.view_head_stride +
-              static_cast<int64_t>(group) * masks.view_group_stride + tile);
+              static_cast<int64_t>(group) * masks.view_group_stride +
+              tile * masks.view_tile_stride);
     if (view == kNone) return kNone;
     all = all && view == kAll;
   }
@@ -52,8 +53,8 @@ __device__ __forceinline__ uint32_t SeenOfBlock(const MaskParams& masks, int bat
   if (masks.words != nullptr) {
     const uint32_t word =
         __ldg(masks.words + batch * masks.word_batch_stride + head * masks.word_head_stride +
-              static_cast<int64_t>(first / kMaskKeys) * masks.word_tile_stride +
-              static_cast<int64_t>(row) * masks.word_row_stride + (lane & 3));
+              first / kMaskKeys * masks.word_tile_stride + static_cast<int64_t>(row) * masks.word_row_stride +
+              (lane & 3));
     seen &= word >> (first % kMaskKeys / kBlockKv * 16);
   }
   if (masks.query_ids != nullptr) {

@@ -7,7 +7,7 @@ namespace jax_sage {
 namespace {
 
 constexpr int kThreads = 128;  // one a channel
-constexpr int kRows = 32;      // queries at a time, a bit each
+constexpr int kRows = 32;      // queries at a time, one a lane
 constexpr int kTurns = 8;      // of a CTA
 
 // Without masks attention need only know the first key that is not finite. With them every such
@@ -38,40 +38,37 @@ __global__ void __launch_bounds__(kThreads)
   if (first_key == kNever) return;
 
   for (int turn = 0; turn < kTurns; ++turn) {
-  const int first_row = first_of_cta + turn * kRows;
-  const int rows = min(kRows, attention.length_q - first_row);
-  if (rows <= 0) return;
-  uint32_t bad_out = 0, bad_lse = 0;
-  for (int key = first_key; key < attention.length_kv; ++key) {
-    const int64_t index =
-        ((static_cast<int64_t>(batch) * attention.length_kv + key) * attention.kv_heads + kv_head) *
-            attention.head_dim + c;
-    bool bad_key = false, bad_value = false;
-    if (c < attention.head_dim) {
-      bad_key = !isfinite(static_cast<float>(static_cast<const Type*>(params.key)[index]));
-      bad_value = !isfinite(static_cast<float>(static_cast<const Type*>(params.value)[index]));
-    }
-    bad_key = __syncthreads_or(bad_key);
-    if (!__syncthreads_or(bad_key || bad_value)) continue;
-    const uint32_t seen = [&] {  // by which rows
-      uint32_t bits = 0;
-      for (int row = 0; row < rows; ++row) {
-        if (Sees(attention.masks, batch, head, first_row + row, key)) bits |= 1u << row;
+    const int first_row = first_of_cta + turn * kRows;
+    const int rows = min(kRows, attention.length_q - first_row);
+    if (rows <= 0) return;
+    const uint32_t all_rows = ~0u >> (32 - rows);
+    const int lane = threadIdx.x % 32;
+    uint32_t bad_out = 0, bad_lse = 0;
+    // bad_lse is the same in all threads, and all rows of it are rows of bad_out.
+    for (int key = first_key; key < attention.length_kv && bad_lse != all_rows; ++key) {
+      const int64_t index = ((static_cast<int64_t>(batch) * attention.length_kv + key) *
+                                 attention.kv_heads + kv_head) * attention.head_dim + c;
+      bool bad_key = false, bad_value = false;
+      if (c < attention.head_dim) {
+        bad_key = !isfinite(static_cast<float>(static_cast<const Type*>(params.key)[index]));
+        bad_value = !isfinite(static_cast<float>(static_cast<const Type*>(params.value)[index]));
       }
-      return bits;
-    }();
-    if (bad_key) bad_lse |= seen;
-    if (bad_key || bad_value) bad_out |= seen;
-  }
-  for (int row = 0; row < rows; ++row) {
-    const int64_t index =
-        (static_cast<int64_t>(batch) * attention.length_q + first_row + row) * attention.heads +
-        head;
-    if ((bad_out >> row & 1) && c < attention.head_dim) {
-      static_cast<Type*>(attention.out)[index * attention.head_dim + c] = Convert<Type>(kNan);
+      bad_key = __syncthreads_or(bad_key);
+      if (!__syncthreads_or(bad_key || bad_value)) continue;
+      const uint32_t seen = __ballot_sync(
+          ~0u, lane < rows && Sees(attention.masks, batch, head, first_row + lane, key));
+      if (bad_key) bad_lse |= seen;
+      if (bad_key || bad_value) bad_out |= seen;
     }
-    if ((bad_lse >> row & 1) && c == 0) attention.lse[index] = kNan;
-  }
+    for (int row = 0; row < rows; ++row) {
+      const int64_t index =
+          (static_cast<int64_t>(batch) * attention.length_q + first_row + row) * attention.heads +
+          head;
+      if ((bad_out >> row & 1) && c < attention.head_dim) {
+        static_cast<Type*>(attention.out)[index * attention.head_dim + c] = Convert<Type>(kNan);
+      }
+      if ((bad_lse >> row & 1) && c == 0) attention.lse[index] = kNan;
+    }
   }
 }
 

@@ -194,6 +194,9 @@ __device__ __forceinline__ void Softmax(const int32_t (&s)[kBlockKv / 8][4],
         const float shift = kBiased ? offset + p[n][2 * half + e] : offset;
         float x = ptx::Exp2(fmaf(static_cast<float>(s[n][2 * half + e]), scale[half], shift));
         if (!seen(half, 8 * n + e)) x = 0;
+        if constexpr (kBiased) {  // not NaN where the query is
+          if (p[n][2 * half + e] == -kInf) x = 0;
+        }
         p[n][2 * half + e] = x;
         sum += x;
       }

@@ -526,7 +526,11 @@ template <class T>
 cudaError_t Launch(const AttentionParams& params, cudaStream_t stream) {
   const uint64_t heads = params.batch * params.heads, kv_heads = params.batch * params.kv_heads;
   const int64_t items = (params.length_q + T::kQueries - 1) / T::kQueries * static_cast<int64_t>(heads);
-  if (items > INT32_MAX) return cudaErrorInvalidConfiguration;
+  // A plan has so many bits for the number of a tile.
+  const int tiles = params.padded_kv / T::kTile;
+  if (items > INT32_MAX || (T::kMasked && tiles >= 1 << (32 - kTileShift) - 1)) {
+    return cudaErrorInvalidConfiguration;
+  }
   TensorMaps maps;
   cudaError_t error = Encode(
       &maps.q,

@@ -61,6 +61,10 @@ struct Scores {
       }
       const Seen again_seen = seen.Opaque(opaque_zero);
       Raise(sums, again_seen, over);
+      if constexpr (T::kBiased) {  // for the same reason
+#pragma unroll
+        for (int block = 0; block < T::kBlocks; ++block) ptx::Pin(bias[block]);
+      }
       tile_sum[0] = tile_sum[1] = 0;
 #pragma unroll
       for (int block = 0; block < T::kBlocks; ++block) {
@@ -83,11 +87,7 @@ struct Scores {
       for (uint32_t& x : p) x = 0;
       return;
     }
-    float offset[2] = {kLog2PMax - max[0], kLog2PMax - max[1]};
-    if constexpr (T::kBiased && kAgain) {  // still no maximum: the bias hides all, and P is 0
-      if (max[0] == -kInf) offset[0] = 0;
-      if (max[1] == -kInf) offset[1] = 0;
-    }
+    const float offset[2] = {kLog2PMax - max[0], kLog2PMax - max[1]};
     const float scale[2] = {q_scale[0] * k_scale[block], q_scale[1] * k_scale[block]};
 #pragma unroll
     for (int pair = 0; pair < kBlockKv / 16; ++pair) {  // 16 keys
@@ -104,6 +104,11 @@ struct Scores {
           const bool is_seen = seen(half, kBlockKv * block + 8 * n + e % 2);
           if constexpr (!Seen::kBits) {
             if (!is_seen) x[i][e] = 0;
+          }
+          if constexpr (T::kBiased && kAgain) {
+            // Not NaN where a row has no maximum, or its query is NaN: it does not see this key.
+            // All such rows come here.
+            if (bias[block][4 * n + e] * kLog2E <= kHidingBias) x[i][e] = 0;
           }
           if constexpr (T::kExactSum || !Pv::kSumsRows) {
             if (!Seen::kBits || is_seen) tile_sum[half] += x[i][e];
@@ -128,7 +133,7 @@ struct Scores {
     float alpha[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float tile_max = -kInf, total = 0;
+      float tile_max = -kInf, total = 0, biased_count = 0;
 #pragma unroll
       for (int block = 0; block < T::kBlocks; ++block) {
         if constexpr (T::kBiased) {
@@ -137,12 +142,13 @@ struct Scores {
           for (int n = 0; n < kBlockKv / 8; ++n) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-              const float shift = bias[block][4 * n + 2 * half + e] * kLog2E;
-              if (!seen(half, kBlockKv * block + 8 * n + e) || shift <= kHidingBias) continue;
-              const float score =
-                  __fmaf_ru(static_cast<float>(s[block][4 * n + 2 * half + e]), scale, shift);
+              const float x = bias[block][4 * n + 2 * half + e];
+              if (!seen(half, kBlockKv * block + 8 * n + e) || x * kLog2E <= kHidingBias) continue;
+              const float score = __fmaf_ru(static_cast<float>(s[block][4 * n + 2 * half + e]),
+                                            scale, __fmul_ru(x, kLog2E));
               tile_max = fmaxf(tile_max, score);
               total += score;
+              biased_count += 1;
             }
           }
           continue;
@@ -171,9 +177,11 @@ struct Scores {
         raise |= __shfl_xor_sync(0xffffffffu, raise, lanes);
         tile_max = fmaxf(tile_max, __shfl_xor_sync(0xffffffffu, tile_max, lanes));
         total += __shfl_xor_sync(0xffffffffu, total, lanes);
+        if constexpr (T::kBiased) biased_count += __shfl_xor_sync(0xffffffffu, biased_count, lanes);
       }
-      const int count = seen.template Count<T::kTile>(half);
-      const float mean = total / static_cast<float>(::max(count, 1));
+      const float count =
+          T::kBiased ? biased_count : static_cast<float>(seen.template Count<T::kTile>(half));
+      const float mean = total / fmaxf(count, 1);
       const float old = max[half];
       if (raise != 0) max[half] = fmaxf(old, ceilf(tile_max) + Pv::Room(tile_max - mean));
       alpha[half] = max[half] == old ? 1.0f : ptx::Exp2(old - max[half]);
