@@ -122,7 +122,7 @@ def test_scale_of_more_than_one_number():
     ("name", "argument", "error", "message"),
     [
         ("mask", np.ones((8, 8), np.float32), TypeError,
-         "mask is float32; allowed: bool. A mask that"),
+         "mask is float32; allowed: bool. Make it one by mask != 0"),
         ("bias", np.ones((8, 8), bool), TypeError, "bias is bool; allowed: float16, bfloat16, f"),
         ("bias", np.ones((8, 8), np.int32), TypeError, "bias is int32; allowed"),
         ("mask", np.ones((8, 9), bool), ValueError,
