@@ -18,7 +18,7 @@ from jax_sage.arguments import prepare
 from jax_sage.masking import Band, Masks
 from jax_sage.quantization import Switches
 from jax_sage.recipe import RECIPES, Recipe, resolve
-from jax_sage.report import html_table, text_table
+from jax_sage.report import Tables
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,8 +86,8 @@ class OutlierChannel:
     std: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Comparison:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Comparison(Tables):
     """Result of :func:`compare`. Prints as text, shows as tables in a notebook.
 
     Attributes:
@@ -160,18 +160,6 @@ class Comparison:
                 )
             )
         return tables
-
-    def __str__(self) -> str:
-        return "\n\n".join(
-            f"{title}\n{text_table(columns, rows)}" for title, columns, rows in self._tables()
-        )
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return "".join(
-            f"<p>{title}</p>{html_table(columns, rows)}" for title, columns, rows in self._tables()
-        )
 
     def plot(self) -> "Figure":
         """Error of each head, where the error comes from, K's channels, and time if measured.

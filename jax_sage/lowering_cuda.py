@@ -121,7 +121,7 @@ def _masked(
         kv_heads=kv_heads,
         length_q=length_q,
         length_kv=length_kv,
-        padded_q=mask_operands.round_up(length_q, mask_operands.ROWS_PADDED),
+        padded_q=_padded(query.shape[-1], length_q, length_kv)[1],
     )
     operands = mask_operands.make(view, masks, batch, key, value)
     size = (math.prod(batch), kv_heads)

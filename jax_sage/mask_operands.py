@@ -1,8 +1,8 @@
 """Masks as the kernels take them: arrays of the custom call, made on the device.
 
 Nothing here is of size T·S but a boolean mask, a bit an element, and the bias as it was given.
-Layouts (also checked by the C++ handlers), with Tp and Sp the lengths padded to ROWS_PADDED and
-TILE, and a 1 for every dimension that is alike for all:
+Layouts (also checked by the C++ handlers), with Tp the queries padded as in
+lowering_cuda.py, Sp the keys padded to TILE, and a 1 for every dimension that is alike for all:
 
 rows    int32 [B, Tp, 2]: the first key that a query may see, and the one behind the last
 groups  int32 [B, Tp/64, 4], of 64 queries: least first, greatest end, greatest first, least end
@@ -22,7 +22,6 @@ import numpy as np
 
 from jax_sage.masking import Masks, View
 
-ROWS_PADDED = 128
 GROUP = 64  # queries that are planned together
 TILE = 128  # keys that are planned together
 
@@ -35,7 +34,7 @@ class MaskOperands(NamedTuple):
 def make(
     view: View, masks: Masks, batch: Sequence[int], key: jax.Array, value: jax.Array
 ) -> MaskOperands:
-    """`view` is of queries padded to ROWS_PADDED; `key` and `value` are [*B, S, K, H]."""
+    """`view` is of Tp queries; `key` and `value` are [*B, S, K, H]."""
     rows, groups = _intervals(view, batch)
     arrays = [rows, groups, key, value]
     if masks.mask is not None:

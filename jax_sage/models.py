@@ -1,7 +1,6 @@
 """What swapping does to a model: layer by layer, and at its end."""
 
 import dataclasses
-import html
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ import numpy as np
 from jax_sage.capture import capture, under
 from jax_sage.compare import compare, cosine, load_plots, relative_l1, rmse
 from jax_sage.policy import Policy, Rule
-from jax_sage.report import html_table, text_table
+from jax_sage.report import Tables
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,8 +49,8 @@ class OutputErrors:
     rmse: float
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelComparison:
+@dataclasses.dataclass(frozen=True, repr=False)
+class ModelComparison(Tables):
     """Result of :func:`compare_model`. Prints as text, shows as tables in a notebook.
 
     Attributes:
@@ -102,19 +101,6 @@ class ModelComparison:
         end = ("recipe", "relative L1", "cosine", "RMSE", *names)
         tables.append(("The model's output, all of its attention swapped", end, rows))
         return tables
-
-    def __str__(self) -> str:
-        return "\n\n".join(
-            f"{title}\n{text_table(columns, rows)}" for title, columns, rows in self._tables()
-        )
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return "".join(
-            f"<p>{html.escape(title)}</p>{html_table(columns, rows)}"
-            for title, columns, rows in self._tables()
-        )
 
     def plot(self) -> "Figure":
         """Error of each attention and of the output. Needs matplotlib."""

@@ -114,3 +114,24 @@ def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for row in rows
     )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+class Tables:
+    """A result that shows itself as tables: text, and HTML in a notebook."""
+
+    def _tables(self) -> list[tuple[str, Sequence[str], list[tuple[str, ...]]]]:
+        """(title, columns, rows) of each."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return "\n\n".join(
+            f"{title}\n{text_table(columns, rows)}" for title, columns, rows in self._tables()
+        )
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return "".join(
+            f"<p>{html.escape(title)}</p>{html_table(columns, rows)}"
+            for title, columns, rows in self._tables()
+        )

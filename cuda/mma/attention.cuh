@@ -464,4 +464,22 @@ cudaError_t Launch(const AttentionParams& params, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+// The kernel with masks: eight warps of 16 queries, as masks and a bias take registers.
+template <class Pv, class Acc, int kHeadDim>
+cudaError_t LaunchMasked(const AttentionParams& params, cudaStream_t stream) {
+  return params.masks.bias != nullptr
+             ? Launch<Traits<Pv, Acc, kHeadDim, 8, Masking::kBiased>>(params, stream)
+             : Launch<Traits<Pv, Acc, kHeadDim, 8, Masking::kMasked>>(params, stream);
+}
+template <class Pv>
+cudaError_t LaunchMasked(const AttentionParams& params, bool fp16_accumulator,
+                         cudaStream_t stream) {
+  if (params.padded_head_dim == 64) {
+    return fp16_accumulator ? LaunchMasked<Pv, AccF16, 64>(params, stream)
+                            : LaunchMasked<Pv, AccF32, 64>(params, stream);
+  }
+  return fp16_accumulator ? LaunchMasked<Pv, AccF16, 128>(params, stream)
+                          : LaunchMasked<Pv, AccF32, 128>(params, stream);
+}
+
 }  // namespace jax_sage::mma
