@@ -600,16 +600,23 @@ def test_sanitizer(tool, summary, calls, tmp_path):
     env = {
         **os.environ,
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        # No CUDA graphs: the loops that XLA puts into them may not end under these tools.
+        # XLA's compiler runs kernels to choose among them, which has hung under memcheck: it runs
+        # before, without it, and the tool's run takes the programs from the cache.
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "XLA_FLAGS": " ".join(
             [
                 os.environ.get("XLA_FLAGS", ""),
+                # No CUDA graphs: the tools see kernels launched one by one.
                 "--xla_gpu_enable_command_buffer= --xla_gpu_autotune_level=0",
             ]
         ),
     }
+    program = [sys.executable, "-P", str(script), calls]
+    subprocess.run(program, cwd=tmp_path, env=env, check=True, timeout=150)
     process = subprocess.Popen(
-        [*command, sys.executable, "-P", str(script), calls],
+        [*command, *program],
         cwd=tmp_path,
         env=env,
         stdout=subprocess.PIPE,
