@@ -6,8 +6,8 @@ lowering_cuda.py, Sp the keys padded to TILE, and a 1 for every dimension that i
 
 rows    int32 [B, Tp, 2]: the first key that a query may see, and the one behind the last
 groups  int32 [B, Tp/64, 4], of 64 queries: least first, greatest end, greatest first, least end
-words   uint32 [B, N, Sp/128, Tp, 4]: bit 2n + e of element j is the mask of key 8n + 2j + e
-views   uint8 [B, N, Tp/64, Sp/128]: whether 64 queries see none (0), some (1) or all (2) of 128
+words   uint32 [B, N, Sp/128, Tp, 4]: bit 8(2h + e) + 7 - i of element j: key 16i + 8h + 2j + e
+views   uint8 [B, N, Tp/64, Sp/128]: whether 64 queries see none (0), all (1) or some (5) of 128
 ids     int32 [B, Tp] and [B, Sp], and the least and greatest of 64 queries and of 128 keys
 bias    as given; keys padded to Sp, or two columns that stand for all
 """

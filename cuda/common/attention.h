@@ -17,9 +17,9 @@ struct MaskParams {
   const int4* groups;
   int64_t row_stride, group_stride;  // of batch entries
 
-  // Boolean mask, or null. Bit 2n + e of word [B, N, S / kMaskKeys, Tp, 4], index j of the last:
-  // whether the query sees key 8n + 2j + e of the tile. Of each group and tile
-  // [B, N, Tp / kMaskRows, S / kMaskKeys] a TileView.
+  // Boolean mask, or null. Bit 8(2h + e) + 7 - i of word [B, N, S / kMaskKeys, Tp, 4], index j of
+  // the last: whether the query sees key 16i + 8h + 2j + e of the tile. Of each group and tile
+  // [B, N, Tp / kMaskRows, S / kMaskKeys] kNone, kAll or kAll | kByMask.
   const uint32_t* words;
   const uint8_t* views;
   int64_t word_batch_stride, word_head_stride, view_batch_stride, view_head_stride;

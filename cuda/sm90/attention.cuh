@@ -38,9 +38,10 @@ struct Traits {
   static constexpr int kConsumers = kBiased ? 2 : 3;  // warpgroups
   static constexpr int kQueries = kConsumers * kRows;
   static constexpr int kThreads = 128 * (kConsumers + 1);
-  // The producer of masked kernels plans. Where it has 32 registers all the same it spills some;
-  // consumers do with E4M3 and a bias at head dimension 128 alone, two or three values.
-  static constexpr bool kFullConsumers = !kMasked || (kExactSum && Pv::kSumsRows);
+  // The producer of masked kernels plans. Where the consumers need all that there is, it has 32
+  // registers all the same, and spills some.
+  static constexpr bool kFullConsumers =
+      !kMasked || (Pv::kSumsRows && (kExactSum || Pv::kHeadDim > 64));
   static constexpr int kProducerRegisters = kBiased ? 56 : kFullConsumers ? 32 : 56;
   static constexpr int kConsumerRegisters = kBiased ? 224 : kFullConsumers ? 160 : 152;
   // setmaxnreg waits until the registers are there: the CTA has what it was launched with.
@@ -55,15 +56,16 @@ struct Traits {
   static constexpr int kStageBytes = kKBytes + Pv::kStride + kScaleBytes;
   static constexpr int kQScaleBytes = kRows * 4;
   static constexpr int kIntervalBytes = kMasked ? kRows * 8 : 0;
+  static constexpr int kRowsBytes = kMasked ? 32 : 16;
   static constexpr int kOutputBytes = kRows * kHeadDim * 4;
   static constexpr int kMaxStages = 6;
   static constexpr int kFixedBytes =
-      kConsumers * (kQBytes + kQScaleBytes + kIntervalBytes + kOutputBytes + 16) +
+      kConsumers * (kQBytes + kQScaleBytes + kIntervalBytes + kOutputBytes + kRowsBytes) +
       4 * kMaxStages + 16 + int{sizeof(OutputTable<kHeadDim>)} +
       8 * (2 + 2 * kConsumers + 4 * kMaxStages) + 1024;
   static constexpr int kFitting = (kSharedLimit - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
-  // Shared memory; tiles first, they must be aligned to 1024 bytes for the swizzle.
+  // Shared memory; tiles first, they must be aligned to 8 rows of up to 128 bytes for the swizzle.
   static constexpr int kQ = 0;
   static constexpr int kK = kQ + kConsumers * kQBytes;
   static constexpr int kV = kK + kStages * kKBytes;
@@ -71,14 +73,15 @@ struct Traits {
   static constexpr int kQScales = kOutput + kConsumers * kOutputBytes;
   static constexpr int kIntervals = kQScales + kConsumers * kQScaleBytes;
   static constexpr int kScales = kIntervals + kConsumers * kIntervalBytes;
-  static constexpr int kFirstRows = kScales + kStages * kScaleBytes;  // {row, batch, head, 0}
-  static constexpr int kPlans = kFirstRows + kConsumers * 16;
+  // First row, batch, head, 0, and the address of the row's words of the mask.
+  static constexpr int kFirstRows = kScales + kStages * kScaleBytes;
+  static constexpr int kPlans = kFirstRows + kConsumers * kRowsBytes;
   static constexpr int kTable = (kPlans + kStages * 4 + 15) / 16 * 16;
   static constexpr int kBarriers = kTable + int{sizeof(OutputTable<kHeadDim>)};
   static constexpr int kBarrierCount = 2 + 2 * kConsumers + 4 * kStages;
   static constexpr int kSharedBytes = kBarriers + kBarrierCount * 8 + 1024;  // to align
   static_assert(kStages >= 3, "the warpgroups drift apart by more than a tile");
-  static_assert(kKBytes % 1024 == 0 && Pv::kStride % 1024 == 0 && kQBytes % 1024 == 0);
+  static_assert(kKBytes % 1024 == 0 && Pv::kStride % Pv::kAlignment == 0 && kQBytes % 1024 == 0);
   static_assert(kSharedBytes <= kSharedLimit);
 };
 
@@ -176,9 +179,9 @@ __device__ __forceinline__ void ProduceKv(const AttentionParams& params, const T
   }
 }
 
-// A plan of a tile: bits 2g and 2g + 1 are what warpgroup g sees of it.
-constexpr uint32_t kLastOfItem = 1 << 8;
-constexpr int kTileShift = 9;
+// A plan of a tile: from bit kViewBits * g on, what warpgroup g sees of it.
+constexpr uint32_t kLastOfItem = 1 << 12;
+constexpr int kTileShift = 13;
 
 // A warp loads the tiles of K and V that any warpgroup may see, with a plan of each.
 template <class T>
@@ -230,7 +233,7 @@ __device__ __forceinline__ void ProduceSeenKv(const AttentionParams& params, con
           for (int group = 0; group < groups.count; ++group) {
             views |= ViewOfTile(masks, groups.batch, groups.head, groups.first + group, first,
                                 first + T::kTile)
-                     << (2 * group);
+                     << (kViewBits * group);
           }
         }
         found = __ballot_sync(0xffffffffu, views != 0);
@@ -273,11 +276,13 @@ __device__ __forceinline__ void ProduceQ(const AttentionParams& params, const Te
       const int row = position.first_row + group * kRows;
       const int batch = static_cast<int>(position.head) / params.heads;
       ptx::BarrierWait(barriers.QEmpty(group), ~turn & 1);
-      const uint32_t first_row = shared + T::kFirstRows + group * 16;
+      const uint32_t first_row = shared + T::kFirstRows + group * T::kRowsBytes;
       ptx::StoreSharedAs(first_row, row);
       if constexpr (T::kMasked) {
+        const int head = static_cast<int>(position.head) % params.heads;
         ptx::StoreSharedAs(first_row + 4, batch);
-        ptx::StoreSharedAs(first_row + 8, static_cast<int>(position.head) % params.heads);
+        ptx::StoreSharedAs(first_row + 8, head);
+        ptx::StoreSharedAs(first_row + 16, MaskRow(params.masks, batch, head, row));
       }
       if (row >= params.length_q) {  // nothing to load, nothing to do
         ptx::BarrierArrive(barriers.QFull(group));
@@ -334,7 +339,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work<T> w
   Ring<T::kStages> ring;
   for (unsigned turn = 0; work.Any(turn); ++turn) {
     ptx::BarrierWait(barriers.QFull(warpgroup), turn & 1);
-    const uint32_t first_row_slot = shared + T::kFirstRows + warpgroup * 16;
+    const uint32_t first_row_slot = shared + T::kFirstRows + warpgroup * T::kRowsBytes;
     const int group_row = ptx::LoadSharedAs<int>(first_row_slot);
     Scores<T> scores;
     Pv sums(output + lane * 16);
@@ -381,16 +386,29 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work<T> w
     int my_tiles;
     if constexpr (T::kMasked) {
       my_tiles = 0;
-      uint32_t plan;
+      const int row = group_row + 16 * warp + lane / 4;
+      const auto batch = [&] { return ptx::LoadSharedAs<int>(first_row_slot + 4); };
+      const auto head = [&] { return ptx::LoadSharedAs<int>(first_row_slot + 8); };
+      uint32_t plan, words[2];
       const auto load_plan = [&] {
         load_scales();
         plan = ptx::LoadSharedAs<uint32_t>(shared + T::kPlans + ring.stage * 4);
+        // Far away: needed after the next QK^T.
+        if (plan >> (kViewBits * warpgroup) & kByMask) {
+          const auto* mask_row = ptx::LoadSharedAs<const uint32_t*>(first_row_slot + 16);
+          const int first = static_cast<int>(plan >> kTileShift) * T::kTile;
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            words[half] = MaskWord(params.masks, mask_row, 16 * warp + lane / 4 + 8 * half, first,
+                                   lane);
+          }
+        }
       };
       load_plan();
       bool is_last;
       do {
         is_last = (plan & kLastOfItem) != 0;
-        const unsigned view = plan >> (2 * warpgroup) & 3;
+        const unsigned view = plan >> (kViewBits * warpgroup) & ((1 << kViewBits) - 1);
         if (view == kNone) {
           ptx::BarrierArrive(barriers.KEmpty(ring.stage));
           if (is_last) ptx::BarrierArrive(barriers.QEmpty(warpgroup));
@@ -402,9 +420,6 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work<T> w
         }
         const auto softmax = [&](uint32_t (&p)[T::kBlocks][Pv::kRegisters]) {
           const int first = static_cast<int>(plan >> kTileShift) * T::kTile;
-          const int row = group_row + 16 * warp + lane / 4;
-          const auto batch = [&] { return ptx::LoadSharedAs<int>(first_row_slot + 4); };
-          const auto head = [&] { return ptx::LoadSharedAs<int>(first_row_slot + 8); };
           if constexpr (T::kBiased) {
             BiasRows(params, batch(), head(), row).Load(scores.bias, first, lane);
           }
@@ -412,18 +427,19 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work<T> w
             scores.Softmax(p, sums, my_tiles == 0, Everything(), T::kTile, opaque_zero);
             return;
           }
-          SeenKeys seen;
+          SeenKeys<T::kTile> seen;
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const int2 interval =
-                ptx::LoadSharedAs<int2>(shared + T::kIntervals + warpgroup * T::kIntervalBytes +
-                                        (16 * warp + lane / 4 + 8 * half) * 8);
-            seen.bits[half] = 0;
-#pragma unroll
-            for (int block = 0; block < T::kBlocks; ++block) {
-              seen.bits[half] |= SeenOfBlock(params.masks, batch(), head(), row + 8 * half, interval,
-                                             first + block * kBlockKv, lane)
-                                 << (16 * block);
+            seen.bits[half] = view & kByMask ? words[half] : ~0u;
+            if (view & kByInterval) {
+              const int2 interval =
+                  ptx::LoadSharedAs<int2>(shared + T::kIntervals + warpgroup * T::kIntervalBytes +
+                                          (16 * warp + lane / 4 + 8 * half) * 8);
+              seen.bits[half] &= ColumnsOf<T::kTile>(interval, first + 2 * (lane & 3));
+            }
+            if (view & kBySegment) {
+              const int id = SegmentOf(params.masks, batch(), row + 8 * half);
+              seen.bits[half] &= ColumnsOfSegment<T::kTile>(params.masks, batch(), id, first, lane);
             }
           }
           scores.Softmax(p, sums, my_tiles == 0, seen, T::kTile, opaque_zero);

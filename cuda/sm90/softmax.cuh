@@ -118,8 +118,8 @@ struct Scores {
       Pv::Pack(p, pair, x);
       // Bits mask packed codes: a few instructions for a register of them.
       if constexpr (Seen::kBits) {
-        Pv::Hide(p, pair, seen.bits[0] >> (16 * block + 4 * pair),
-                 seen.bits[1] >> (16 * block + 4 * pair));
+        const int i = kBlockKv / 16 * block + pair;
+        Pv::Hide(p, pair, seen.bits[0] << i, seen.bits[1] << i);
       }
     }
     // The two rows alternate in the registers of an A fragment.

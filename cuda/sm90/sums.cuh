@@ -18,15 +18,16 @@ namespace jax_sage::sm90 {
 // output, which lives in shared memory: the registers that it would take are worth more to the
 // softmax than the additions cost. Row sums of the rounded P come from 8 more columns of PV, rows
 // of ones behind V^T.
-template <int kHeadDim_>
+template <int kHeadDim_, int kTile_ = 128>
 struct PvFp8 {
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kTile = 128;
+  static constexpr int kTile = kTile_;
   static constexpr int kSumRows = 8;
-  static constexpr int kPromoteTiles = 4;
+  static constexpr int kPromoteTiles = 512 / kTile;
   static_assert(kPMax * kVMax * kTile * kPromoteTiles <= 65504.0f, "an FP16 sum may not overflow");
   static constexpr int kBytes = kHeadDim * kTile;
   static constexpr int kStride = (kHeadDim + kSumRows) * kTile;
+  static constexpr int kAlignment = 8 * kTile;
   static constexpr int kRegisters = kBlockKv / 8;  // of P, a block
   static constexpr bool kSumsRows = true;
   static constexpr uint32_t kOnes = 0x38383838;
@@ -69,14 +70,11 @@ struct PvFp8 {
     p[2 * pair] = ptx::PackE4m3(x[0][0], x[0][1], x[1][0], x[1][1]);
     p[2 * pair + 1] = ptx::PackE4m3(x[0][2], x[0][3], x[1][2], x[1][3]);
   }
-  // Puts 0 where the rows' bits 0 to 3, keys 0, 1, 8 and 9, are not set.
+  // Puts 0 where the signs of the rows' bytes, keys 0, 1, 8 and 9, are not set.
   static __device__ __forceinline__ void Hide(uint32_t (&p)[kRegisters], int pair, uint32_t seen0,
                                               uint32_t seen1) {
-    const auto bytes = [](uint32_t bits) {
-      return ((bits & 0xf) * 0x00204081 & 0x01010101) * 0xff;
-    };
-    p[2 * pair] &= bytes(seen0);
-    p[2 * pair + 1] &= bytes(seen1);
+    p[2 * pair] &= ptx::SpreadSigns<0, 1, 2, 3>(seen0);
+    p[2 * pair + 1] &= ptx::SpreadSigns<0, 1, 2, 3>(seen1);
   }
   // Powers of two that a row's maximum may grow by before a tile must be done again. They cost
   // range at the other end: a key with an average score must keep a P that is a normal number
@@ -159,6 +157,7 @@ struct PvFp16 {
   static constexpr int kTile = 64;
   static constexpr int kBytes = kHeadDim * kTile * 2;
   static constexpr int kStride = kBytes;
+  static constexpr int kAlignment = 1024;
   static constexpr int kBoxBytes = kTile * 128;  // 64 channels, the width of the swizzle
   static constexpr int kRegisters = kBlockKv / 4;
   // What FP16 rounds off P is too little to show in a row sum: that of P before rounding serves.
@@ -192,13 +191,10 @@ struct PvFp16 {
   }
   static __device__ __forceinline__ void Hide(uint32_t (&p)[kRegisters], int pair, uint32_t seen0,
                                               uint32_t seen1) {
-    const auto halves = [](uint32_t bits) {
-      return ((bits & 3) * 0x8001 & 0x00010001) * 0xffff;
-    };
-    p[4 * pair] &= halves(seen0);
-    p[4 * pair + 1] &= halves(seen1);
-    p[4 * pair + 2] &= halves(seen0 >> 2);
-    p[4 * pair + 3] &= halves(seen1 >> 2);
+    p[4 * pair] &= ptx::SpreadSigns<0, 0, 1, 1>(seen0);
+    p[4 * pair + 1] &= ptx::SpreadSigns<0, 0, 1, 1>(seen1);
+    p[4 * pair + 2] &= ptx::SpreadSigns<2, 2, 3, 3>(seen0);
+    p[4 * pair + 3] &= ptx::SpreadSigns<2, 2, 3, 3>(seen1);
   }
   // The limit is 2^(15 - log2 P_MAX) above what P starts with: room enough.
   static __device__ __forceinline__ float Room(float) { return 0; }
