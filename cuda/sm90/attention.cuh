@@ -35,29 +35,32 @@ struct Traits {
   static constexpr bool kExactSum = kExactSum_;
   static constexpr bool kMasked = kMasking != Masking::kPlain;
   static constexpr bool kBiased = kMasking == Masking::kBiased;
-  static constexpr int kConsumers = kBiased ? 2 : 3;  // warpgroups
+  static constexpr int kHeadDim = Pv::kHeadDim;
+  static constexpr int kConsumers = kBiased || kHeadDim > 128 ? 2 : 3;  // warpgroups
   static constexpr int kQueries = kConsumers * kRows;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // The producer of masked kernels plans. Where the consumers need all that there is, it has 32
   // registers all the same, and spills some.
   static constexpr bool kFullConsumers =
       !kMasked || (Pv::kSumsRows && (kExactSum || Pv::kHeadDim > 64));
-  static constexpr int kProducerRegisters = kBiased ? 56 : kFullConsumers ? 32 : 56;
-  static constexpr int kConsumerRegisters = kBiased ? 224 : kFullConsumers ? 160 : 152;
+  static constexpr int kProducerRegisters = kConsumers == 3 && kFullConsumers ? 32 : 56;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 224 : kFullConsumers ? 160 : 152;
   // setmaxnreg waits until the registers are there: the CTA has what it was launched with.
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
                 65536 / kThreads / 8 * 8 * (kConsumers + 1));
-  static constexpr int kHeadDim = Pv::kHeadDim;
   static constexpr int kTile = Pv::kTile;  // keys
   static constexpr int kBlocks = kTile / kBlockKv;
-  static constexpr int kQBytes = kRows * kHeadDim;  // of a warpgroup
+  // The FP32 output of 256 channels leaves no shared memory for Q, and two warpgroups registers.
+  static constexpr bool kQInRegisters = Pv::kSumsRows && kHeadDim > 128;
+  static constexpr int kQBytes = kQInRegisters ? 0 : kRows * kHeadDim;  // of a warpgroup
   static constexpr int kKBytes = kTile * kHeadDim;
   static constexpr int kScaleBytes = kBlocks * kKeyScales * 4;
   static constexpr int kStageBytes = kKBytes + Pv::kStride + kScaleBytes;
   static constexpr int kQScaleBytes = kRows * 4;
   static constexpr int kIntervalBytes = kMasked ? kRows * 8 : 0;
-  static constexpr int kRowsBytes = kMasked ? 32 : 16;
-  static constexpr int kOutputBytes = kRows * kHeadDim * 4;
+  static constexpr int kRowsBytes = kMasked || kQInRegisters ? 32 : 16;
+  // Where it only serves the stores, these go by turns of 128 channels.
+  static constexpr int kOutputBytes = kRows * (Pv::kSumsRows || kHeadDim < 128 ? kHeadDim : 128) * 4;
   static constexpr int kMaxStages = 6;
   static constexpr int kFixedBytes =
       kConsumers * (kQBytes + kQScaleBytes + kIntervalBytes + kOutputBytes + kRowsBytes) +
@@ -73,14 +76,14 @@ struct Traits {
   static constexpr int kQScales = kOutput + kConsumers * kOutputBytes;
   static constexpr int kIntervals = kQScales + kConsumers * kQScaleBytes;
   static constexpr int kScales = kIntervals + kConsumers * kIntervalBytes;
-  // First row, batch, head, 0, and the address of the row's words of the mask.
+  // First row, batch, head, 0, and the addresses of the row's words of the mask and of its Q.
   static constexpr int kFirstRows = kScales + kStages * kScaleBytes;
   static constexpr int kPlans = kFirstRows + kConsumers * kRowsBytes;
   static constexpr int kTable = (kPlans + kStages * 4 + 15) / 16 * 16;
   static constexpr int kBarriers = kTable + int{sizeof(OutputTable<kHeadDim>)};
   static constexpr int kBarrierCount = 2 + 2 * kConsumers + 4 * kStages;
   static constexpr int kSharedBytes = kBarriers + kBarrierCount * 8 + 1024;  // to align
-  static_assert(kStages >= 3, "the warpgroups drift apart by more than a tile");
+  static_assert(kStages >= (kConsumers == 3 ? 3 : 2), "the warpgroups drift apart");
   static_assert(kKBytes % 1024 == 0 && Pv::kStride % Pv::kAlignment == 0 && kQBytes % 1024 == 0);
   static_assert(kSharedBytes <= kSharedLimit);
 };
@@ -138,6 +141,16 @@ struct Work {
   }
 };
 
+// kTokens of Q or K, in boxes of channels.
+template <int kHeadDim, int kTokens>
+__device__ __forceinline__ void CopyChannels(uint32_t shared, const CUtensorMap* map,
+                                             uint32_t barrier, int token, int head) {
+#pragma unroll
+  for (int first = 0; first < kHeadDim; first += kBoxChannels) {
+    ptx::CopyBox(shared + first * kTokens, map, barrier, first, token, head);
+  }
+}
+
 // Loads a tile of K and V into a stage that is free, or soon will be. One thread.
 template <class T>
 __device__ __forceinline__ void LoadStage(const AttentionParams& params, const TensorMaps& maps,
@@ -153,8 +166,8 @@ __device__ __forceinline__ void LoadStage(const AttentionParams& params, const T
   ptx::BarrierWait(barriers.KEmpty(stage), ring.parity ^ 1);
   if constexpr (T::kMasked) ptx::StoreSharedAs(shared + T::kPlans + stage * 4, plan);
   ptx::BarrierExpect(barriers.KFull(stage), T::kKBytes + scale_bytes);
-  ptx::CopyBox(shared + T::kK + stage * T::kKBytes, &maps.k, barriers.KFull(stage), 0,
-               tile * T::kTile, kv_head);
+  CopyChannels<T::kHeadDim, T::kTile>(shared + T::kK + stage * T::kKBytes, &maps.k,
+                                      barriers.KFull(stage), tile * T::kTile, kv_head);
   ptx::CopyBulk(shared + T::kScales + stage * T::kScaleBytes,
                 scales + tile * T::kBlocks * kKeyScales, scale_bytes, barriers.KFull(stage));
   ptx::BarrierWait(barriers.VEmpty(stage), ring.parity ^ 1);
@@ -284,13 +297,20 @@ __device__ __forceinline__ void ProduceQ(const AttentionParams& params, const Te
         ptx::StoreSharedAs(first_row + 8, head);
         ptx::StoreSharedAs(first_row + 16, MaskRow(params.masks, batch, head, row));
       }
+      if constexpr (T::kQInRegisters) {
+        ptx::StoreSharedAs(first_row + 24,
+                           params.q + (position.head * params.padded_q + row) * T::kHeadDim);
+      }
       if (row >= params.length_q) {  // nothing to load, nothing to do
         ptx::BarrierArrive(barriers.QFull(group));
         continue;
       }
       ptx::BarrierExpect(barriers.QFull(group), T::kQBytes + T::kQScaleBytes + T::kIntervalBytes);
-      ptx::CopyBox(shared + T::kQ + group * T::kQBytes, &maps.q, barriers.QFull(group), 0, row,
-                   static_cast<int>(position.head));
+      if constexpr (!T::kQInRegisters) {
+        CopyChannels<T::kHeadDim, kRows>(shared + T::kQ + group * T::kQBytes, &maps.q,
+                                         barriers.QFull(group), row,
+                                         static_cast<int>(position.head));
+      }
       ptx::CopyBulk(shared + T::kQScales + group * T::kQScaleBytes,
                     params.q_scale + position.head * params.padded_q + row, T::kQScaleBytes,
                     barriers.QFull(group));
@@ -325,8 +345,8 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work<T> w
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1;
   const int warp = threadIdx.x % 128 / 32;
   const uint32_t output = shared + T::kOutput + warpgroup * T::kOutputBytes + warp * 512;
-  const uint64_t q = ptx::Descriptor<T::kHeadDim>(shared + T::kQ + warpgroup * T::kQBytes);
-  const uint64_t k_tiles = ptx::Descriptor<T::kHeadDim>(shared + T::kK);
+  constexpr int kBoxBytes = T::kHeadDim < kBoxChannels ? T::kHeadDim : kBoxChannels;
+  const uint64_t k_tiles = ptx::Descriptor<kBoxBytes>(shared + T::kK);
   const uint64_t v_tiles = Pv::Descriptor(shared + T::kV);
   // For V, which only wgmma reads. What threads have read each of them releases:
   // compute-sanitizer's racecheck does not follow a warp's reads through __syncwarp to an arrival
@@ -341,6 +361,12 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work<T> w
     ptx::BarrierWait(barriers.QFull(warpgroup), turn & 1);
     const uint32_t first_row_slot = shared + T::kFirstRows + warpgroup * T::kRowsBytes;
     const int group_row = ptx::LoadSharedAs<int>(first_row_slot);
+    std::conditional_t<T::kQInRegisters, QueryFragments<T::kHeadDim>, uint64_t> q;
+    if constexpr (!T::kQInRegisters) {
+      q = ptx::Descriptor<kBoxBytes>(shared + T::kQ + warpgroup * T::kQBytes);
+    } else if (group_row < params.length_q) {
+      q.Load(ptx::LoadSharedAs<const int8_t*>(first_row_slot + 24), 16 * warp + lane / 4, lane);
+    }
     Scores<T> scores;
     Pv sums(output + lane * 16);
     const auto load_scales = [&] {
@@ -368,6 +394,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work<T> w
       ptx::WgmmaFence();
 #pragma unroll
       for (int block = 0; block < T::kBlocks; ++block) {
+        static_assert(T::kBlocks == 1 || T::kHeadDim <= kBoxChannels);
         IssueQk<T::kHeadDim>(scores.s[block], q, k + block * (kBlockKv * T::kHeadDim / 16));
       }
       uint32_t p[T::kBlocks][Pv::kRegisters];
@@ -547,13 +574,14 @@ cudaError_t Launch(const AttentionParams& params, cudaStream_t stream) {
   if (items > INT32_MAX || (T::kMasked && tiles >= 1 << (32 - kTileShift) - 1)) {
     return cudaErrorInvalidConfiguration;
   }
+  constexpr int kBoxBytes = T::kHeadDim < kBoxChannels ? T::kHeadDim : kBoxChannels;
   TensorMaps maps;
   cudaError_t error = Encode(
       &maps.q,
-      {params.q, T::kHeadDim, static_cast<uint64_t>(params.padded_q), heads, T::kHeadDim, kRows});
+      {params.q, T::kHeadDim, static_cast<uint64_t>(params.padded_q), heads, kBoxBytes, kRows});
   if (error != cudaSuccess) return error;
   error = Encode(&maps.k, {params.k, T::kHeadDim, static_cast<uint64_t>(params.padded_kv), kv_heads,
-                           T::kHeadDim, T::kTile});
+                           kBoxBytes, T::kTile});
   if (error != cudaSuccess) return error;
   error = Encode(&maps.v, T::Pv::Map(params.v, params.padded_kv, kv_heads));
   if (error != cudaSuccess) return error;

@@ -1,6 +1,8 @@
 // P of a tile from its scores: the running maximum, the exponentials, the packing.
 #pragma once
 
+#include <type_traits>
+
 #include "common/layout.h"
 #include "common/masks.cuh"
 #include "common/ptx.cuh"
@@ -9,13 +11,40 @@
 
 namespace jax_sage::sm90 {
 
-// S[64 x 64] = Q K^T of a block of keys.
-template <int kHeadDim>
-__device__ __forceinline__ void IssueQk(int32_t (&s)[kBlockKv / 2], uint64_t q, uint64_t k) {
+// Q and K of more than 128 channels are boxes of as many, one behind the other.
+constexpr int kBoxChannels = 128;
+
+// S[64 x 64] = Q K^T of a block of keys. q: descriptor of a tile in shared memory, or fragments.
+template <int kHeadDim, class Q>
+__device__ __forceinline__ void IssueQk(int32_t (&s)[kBlockKv / 2], const Q& q, uint64_t k) {
 #pragma unroll
-  for (int ks = 0; ks < kHeadDim / 32; ++ks) ptx::WgmmaS8(s, q + 2 * ks, k + 2 * ks, ks != 0);
+  for (int ks = 0; ks < kHeadDim / 32; ++ks) {
+    const int step = 2 * (ks % 4) + ks / 4 * (kBlockKv * kBoxChannels / 16);
+    if constexpr (std::is_integral_v<Q>) {
+      ptx::WgmmaS8(s, q + step, k + step, ks != 0);
+    } else {
+      ptx::WgmmaS8(s, q.steps[ks], k + step, ks != 0);
+    }
+  }
   ptx::WgmmaCommit();
 }
+
+// Q of a warpgroup as A fragments, of this thread's rows `row` (of all heads) and `row` + 8.
+template <int kHeadDim>
+struct QueryFragments {
+  uint32_t steps[kHeadDim / 32][4];
+  __device__ __forceinline__ void Load(const int8_t* first_row, int row, int lane) {
+    const int8_t* from = first_row + row * kHeadDim + 4 * (lane & 3);
+#pragma unroll
+    for (int ks = 0; ks < kHeadDim / 32; ++ks) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        steps[ks][i] = __ldg(reinterpret_cast<const uint32_t*>(
+            from + i % 2 * (8 * kHeadDim) + i / 2 * 16 + ks * 32));
+      }
+    }
+  }
+};
 
 // Scores and softmax state of this thread's two rows, lane / 4 and lane / 4 + 8 of its warp's 16.
 //

@@ -18,7 +18,7 @@ namespace jax_sage::sm90 {
 // output, which lives in shared memory: the registers that it would take are worth more to the
 // softmax than the additions cost. Row sums of the rounded P come from 8 more columns of PV, rows
 // of ones behind V^T.
-template <int kHeadDim_, int kTile_ = 128>
+template <int kHeadDim_, int kTile_ = kHeadDim_ <= 128 ? 128 : 64>
 struct PvFp8 {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kTile = kTile_;
