@@ -103,7 +103,7 @@ void ReadTokens(Checker& check, const char* name, const Buffer& buffer, int64_t&
 void Pad(Sizes& s) {
   s.padded_q = RoundUp(s.length_q, kBlockQ);
   s.padded_kv = RoundUp(s.length_kv, kBlockKv);
-  s.padded_head_dim = s.head_dim <= 64 ? 64 : 128;
+  s.padded_head_dim = s.head_dim <= 64 ? 64 : s.head_dim <= 128 ? 128 : 256;
 }
 
 // The nine buffers that pass from quantization to attention.
@@ -126,8 +126,9 @@ void CheckQuantized(Checker& check, const std::vector<Buffer>& b, Sizes& s) {
 }
 
 void CheckHeads(Checker& check, const Sizes& s) {
-  check.Require(s.head_dim >= 1 && s.head_dim <= 128,
-                "head_dim is " + std::to_string(s.head_dim) + ", allowed: 1 to 128");
+  check.Require(s.head_dim >= 1 && s.head_dim <= kMaxHeadDim,
+                "head_dim is " + std::to_string(s.head_dim) + ", allowed: 1 to " +
+                    std::to_string(kMaxHeadDim));
   check.Require(s.kv_heads >= 1 && s.heads % s.kv_heads == 0,
                 std::to_string(s.heads) + " query heads are not a multiple of " +
                     std::to_string(s.kv_heads) + " key/value heads");

@@ -216,8 +216,9 @@ MaskParams ReadMasks(const std::vector<ffi::AnyBuffer>& in, const MaskKinds& kin
 }
 
 // The fastest kernel that the GPU has; with `mma_sync` that of cuda/mma in any case.
-cudaError_t LaunchAttention(const AttentionParams& params, bool fp8_value, bool fp16_accumulator,
-                            bool mma_sync, cudaStream_t stream) {
+ffi::Error LaunchAttention(const AttentionParams& params, bool fp8_value, bool fp16_accumulator,
+                           bool mma_sync, cudaStream_t stream) {
+  constexpr const char* kCall = "attention";
 #ifdef JAX_SAGE_SM90
   // Of the recipes, those with names: FP8 with FP16 sums, FP16 with FP32 sums.
   if (!mma_sync && fp8_value == fp16_accumulator) {
@@ -226,21 +227,28 @@ cudaError_t LaunchAttention(const AttentionParams& params, bool fp8_value, bool 
     if (error == cudaSuccess) {
       error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     }
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) return FromCuda(kCall, error);
     if (major == 9) {
       if (params.masks.rows != nullptr) {
-        return fp8_value ? sm90::LaunchMaskedFp8(params, stream)
-                         : sm90::LaunchMaskedFp16(params, stream);
+        return FromCuda(kCall, fp8_value ? sm90::LaunchMaskedFp8(params, stream)
+                                         : sm90::LaunchMaskedFp16(params, stream));
       }
-      return fp8_value ? sm90::LaunchAttentionFp8(params, stream)
-                       : sm90::LaunchAttentionFp16(params, stream);
+      return FromCuda(kCall, fp8_value ? sm90::LaunchAttentionFp8(params, stream)
+                                       : sm90::LaunchAttentionFp16(params, stream));
     }
   }
 #endif
+  if (params.padded_head_dim > kMaxHeadDimMma) {
+    return Invalid("jax_sage: attention: head_dim is " + std::to_string(params.head_dim) +
+                   ", and the kernels on mma.sync take up to " + std::to_string(kMaxHeadDimMma) +
+                   ": this call was lowered for a Hopper GPU");
+  }
 #ifndef JAX_SAGE_NO_FP8_MMA
-  if (fp8_value) return mma::LaunchAttentionFp8(params, fp16_accumulator, stream);
+  if (fp8_value) {
+    return FromCuda(kCall, mma::LaunchAttentionFp8(params, fp16_accumulator, stream));
+  }
 #endif
-  return mma::LaunchAttentionFp16(params, fp16_accumulator, stream);
+  return FromCuda(kCall, mma::LaunchAttentionFp16(params, fp16_accumulator, stream));
 }
 
 ffi::Error AttentionImpl(cudaStream_t stream, ffi::RemainingArgs args,
@@ -302,13 +310,13 @@ ffi::Error AttentionImpl(cudaStream_t stream, ffi::RemainingArgs args,
         "and newer); use recipe=\"8+16\"");
   }
 #endif
-  cudaError_t error =
+  ffi::Error error =
       LaunchAttention(params, sizes.fp8_value, pv_accumulator == 16, mma_sync != 0, stream);
-  if (error == cudaSuccess && masked != 0) {
-    error = LaunchMark(params, {in[12].untyped_data(), in[13].untyped_data(), params.first_bad},
-                       stream);
-  }
-  return FromCuda("attention", error);
+  if (error.failure() || masked == 0) return error;
+  return FromCuda("attention", LaunchMark(params,
+                                          {in[12].untyped_data(), in[13].untyped_data(),
+                                           params.first_bad},
+                                          stream));
 }
 
 ffi::Error PackMaskImpl(cudaStream_t stream, ffi::AnyBuffer mask, ffi::Result<ffi::AnyBuffer> words,

@@ -1,7 +1,7 @@
 """The CUDA lowering: two custom calls, quantization and attention, and how a kernel is chosen.
 
 Intermediate buffers are results of the first call. Layouts (also checked by the C++ handlers):
-head dimensions are padded to Hp = 64 or 128, queries to a multiple of 128, keys to a multiple of
+head dimensions are padded to Hp = 64, 128 or 256, queries to a multiple of 128, keys to a multiple of
 64; padding is zero. FP8 V is stored transposed, and its keys permuted within each 16 so that a
 C fragment of QKᵀ is an A fragment of PV without any exchange between threads: position
 4t + 2h + e holds key 8h + 2t + e.
@@ -22,7 +22,6 @@ from jax_sage.masking import Band, Masks, Segments, View
 from jax_sage.recipe import BLOCK_KV, Recipe
 
 BLOCK_Q = 128
-MAX_HEAD_DIM = 128
 CAUSAL = Band(right=0)
 # The sequence is cut into parts of this many tokens for the channel statistics: enough of them to
 # fill a GPU with one head, but no more than one CTA can put together in no time.
@@ -47,7 +46,7 @@ def attention(
     ``mma_sync`` asks for the mma.sync kernel, which runs on every GPU that there are kernels for,
     where the device has a faster one of its own: so one machine can test both.
     """
-    reason = why_portable(query, value, recipe)
+    reason = why_portable(query, value, recipe, mma_sync)
     if reason is not None:
         # The stack is that of a compilation, which need not hold the call of jax_sage.attention.
         place = source_info_util.summarize(source_info_util.current())
@@ -222,18 +221,17 @@ def _by_segment(
     return moved.reshape(out.shape).astype(out.dtype), lse
 
 
-# What no kernel takes yet, in the terms of the public call.
-NOT_IN_KERNELS = f"head dimensions above {MAX_HEAD_DIM}"
-
-
-def why_portable(query: jax.Array, value: jax.Array, recipe: Recipe) -> str | None:
+def why_portable(
+    query: jax.Array, value: jax.Array, recipe: Recipe, mma_sync: bool = False
+) -> str | None:
     """Why no kernel can run this call on the GPUs of this process, or None if one can."""
     reason = kernels.why_unavailable(recipe)
     if reason is not None:
         return reason
     head_dim = max(query.shape[-1], value.shape[-1])
-    if head_dim > MAX_HEAD_DIM:
-        return f"there is no kernel for head dimension {head_dim} yet"
+    limit = kernels.max_head_dim(recipe, mma_sync)
+    if head_dim > limit:
+        return f"its kernels have head dimensions up to {limit}, here it is {head_dim}"
     return None
 
 
@@ -298,5 +296,5 @@ def quantize(
 
 def _padded(head_dim: int, length_q: int, length_kv: int) -> tuple[int, int, int]:
     """Hp, Tp and Sp."""
-    hp = 64 if head_dim <= 64 else 128
+    hp = next(size for size in (64, 128, 256) if head_dim <= size)
     return hp, -(-length_q // BLOCK_Q) * BLOCK_Q, -(-length_kv // BLOCK_KV) * BLOCK_KV

@@ -40,7 +40,7 @@ struct MaskParams {
   int64_t bias_batch_stride, bias_head_stride, bias_row_stride, bias_column_stride;
 };
 
-// Tp and Sp are the padded lengths, Hp the padded head dimension (64 or 128).
+// Tp and Sp are the padded lengths, Hp the padded head dimension (64, 128 or 256).
 struct AttentionParams {
   const int8_t* q;                  // [B, N, Tp, Hp]
   const float* q_scale;             // [B, N, Tp]

@@ -10,6 +10,8 @@ namespace jax_sage {
 constexpr int kBlockQ = 128;  // queries are padded to a multiple of this
 constexpr int kBlockKv =
     64;  // keys whose scales are computed together; also the key tile of mma.sync
+constexpr int kMaxHeadDim = 256;
+constexpr int kMaxHeadDimMma = 128;  // of the kernels on mma.sync
 constexpr int kKeyScales = 4;  // per block of keys: one for the keys = {2j, 2j+1} mod 8
 
 constexpr int kLog2PMaxInt = 6;
