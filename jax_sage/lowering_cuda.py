@@ -1,8 +1,8 @@
 """The CUDA lowering: two custom calls, quantization and attention, and how a kernel is chosen.
 
 Intermediate buffers are results of the first call. Layouts (also checked by the C++ handlers):
-head dimensions are padded to Hp = 64, 128 or 256, queries to a multiple of 128, keys to a multiple of
-64; padding is zero. FP8 V is stored transposed, and its keys permuted within each 16 so that a
+head dimensions are padded to Hp = 64, 128 or 256, queries to a multiple of 128, keys to a multiple
+of 64; padding is zero. FP8 V is stored transposed, and its keys permuted within each 16 so that a
 C fragment of QKᵀ is an A fragment of PV without any exchange between threads: position
 4t + 2h + e holds key 8h + 2t + e.
 """

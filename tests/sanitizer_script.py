@@ -19,6 +19,11 @@ CASES = [
     (2, 67, 191, 4, 2, 128, "float32", "8+16", True),
     (1, 33, 513, 1, 1, 40, "float16", "8+16", False),
 ]
+# For these there are none on mma.sync.
+LARGE = [
+    (1, 129, 200, 2, 1, 256, "bfloat16", "8+8", True),
+    (1, 70, 300, 2, 2, 200, "float32", "8+16", False),
+]
 # More query tiles (288) than any GPU has SMs, more tiles of keys than stages: a persistent kernel
 # goes round. Those on mma.sync are not persistent.
 MANY_TILES = (2, 1100, 700, 16, 2, 64, "bfloat16", "8+8", True)
@@ -34,6 +39,7 @@ MASKED = [
     ("8+8", True, True, "mask lengths", FEW),
     ("8+16", True, True, "bias", FEW),
     ("8+8", False, True, "segments", FEW),
+    ("8+8", False, True, "mask bias", (1, 150, 300, 2, 1, 256)),
 ]
 
 
@@ -99,7 +105,8 @@ def main() -> None:
         for mma_sync in (False, True):
             for case in CASES:
                 run(*case, mma_sync)
-        run(*MANY_TILES, mma_sync=False)
+        for case in (*LARGE, MANY_TILES):
+            run(*case, mma_sync=False)
     else:
         for case in MASKED:
             run_masked(*case)

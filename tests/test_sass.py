@@ -114,7 +114,7 @@ def test_kernels_on_wgmma_keep_to_registers_and_stay_asynchronous(source, tmp_pa
     used = local_memory("90a", binary)
     assert used
     for name, memory in used.items():
-        # With masks and E4M3 the consumers leave the producer, which plans, a few registers too few.
+        # With masks and E4M3 the producer plans, and has a few registers too few.
         tight = "PvFp8" in name and "MaskingE0" not in name
         assert sum(memory) <= (48 if tight else 0), name
 
