@@ -36,13 +36,15 @@ struct Traits {
   static constexpr bool kMasked = kMasking != Masking::kPlain;
   static constexpr bool kBiased = kMasking == Masking::kBiased;
   static constexpr int kHeadDim = Pv::kHeadDim;
-  static constexpr int kConsumers = kHeadDim > 128 ? 2 : 3;  // warpgroups
+  // Warpgroups. FP32 sums in registers leave none for a bias beside two others.
+  static constexpr int kConsumers =
+      kHeadDim > 128 || (kBiased && !Pv::kSumsRows && kHeadDim > 64) ? 2 : 3;
   static constexpr int kQueries = kConsumers * kRows;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // The producer of masked kernels plans. Where the consumers need all that there is, it has 32
   // registers all the same, and spills some.
   static constexpr bool kFullConsumers =
-      !kMasked || (Pv::kSumsRows && (kExactSum || Pv::kHeadDim > 64));
+      !kMasked || (!kBiased && Pv::kSumsRows && (kExactSum || Pv::kHeadDim > 64));
   static constexpr int kProducerRegisters = kConsumers == 3 && kFullConsumers ? 32 : 56;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 224 : kFullConsumers ? 160 : 152;
   // setmaxnreg waits until the registers are there: the CTA has what it was launched with.
@@ -376,7 +378,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
     if (lane == 0) ptx::BarrierArrive(barrier);
   };
   const uint32_t opaque_zero = work.items >> 31;
-  const int bias_warp = 4 * warpgroup + warp;
+  const int bias_warp = 4 * warpgroup + __shfl_sync(0xffffffffu, warp, 0);
   BiasBuffer bias(shared + T::kBias + bias_warp * T::kBiasOfWarp, barriers.BiasFull(bias_warp));
   Ring<T::kStages> ring;
   for (unsigned turn = 0; work.Any(turn); ++turn) {
@@ -439,7 +441,11 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       const auto batch = [&] { return ptx::LoadSharedAs<int>(first_row_slot + 4); };
       const auto head = [&] { return ptx::LoadSharedAs<int>(first_row_slot + 8); };
       uint32_t plan, words[2];
-      // Of the next tile, beneath PV.
+      [[maybe_unused]] int bias_row = 0;
+      if constexpr (T::kCopiesBias) {
+        bias_row = ptx::LoadSharedAs<int>(first_row_slot + 12) + bias.FirstRow(maps, bias_warp % 4);
+        bias_row = __shfl_sync(0xffffffffu, bias_row, 0);
+      }
       const auto load_plan = [&] {
         load_scales();
         plan = ptx::LoadSharedAs<uint32_t>(shared + T::kPlans + ring.stage * 4);
@@ -447,8 +453,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
           if ((plan >> (kViewBits * warpgroup) & kAll) && maps.bias_bytes != 0) {
             __syncwarp();  // all have read the bias of the tile before
             if (lane == 0) {
-              bias.Copy(maps, static_cast<int>(plan >> kTileShift),
-                        ptx::LoadSharedAs<int>(first_row_slot + 12), warp);
+              bias.Copy(maps, static_cast<int>(plan >> kTileShift), bias_row);
             }
             __syncwarp();
           }

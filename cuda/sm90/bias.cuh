@@ -54,17 +54,19 @@ class BiasBuffer {
   __device__ __forceinline__ BiasBuffer(uint32_t buffer, uint32_t full)
       : buffer_(buffer), full_(full) {}
 
-  // One lane, when all have read what was there. `row`: of the warpgroup's first query. Rows behind
-  // a head's last are another head's, or zeros.
-  __device__ __forceinline__ void Copy(const TensorMaps& maps, int tile, int row, int warp) const {
+  // Of a warp in its warpgroup, from that of the warpgroup.
+  __device__ static __forceinline__ int FirstRow(const TensorMaps& maps, int warp) {
+    return IsOneRow(maps) ? 0 : kBiasRows * warp;
+  }
+  // One lane, when all have read what was there. Rows behind a head's last are another head's, or
+  // zeros.
+  __device__ __forceinline__ void Copy(const TensorMaps& maps, int tile, int row) const {
     const int line = tile * maps.bias_lines;
     ptx::BarrierExpect(full_, maps.bias_bytes);
+    ptx::CopyBox(buffer_, &maps.bias, full_, 0, line, row);
     if (IsOneRow(maps)) {
       ptx::CopyBox(buffer_ + 8 * kBiasLine * maps.bias_lines, &maps.bias, full_, 0, line, row);
-    } else {
-      row += kBiasRows * warp;
     }
-    ptx::CopyBox(buffer_, &maps.bias, full_, 0, line, row);
   }
 
   // All lanes. Element 4n + 2 * half + e is that of key 8n + 2(lane % 4) + e.
@@ -74,22 +76,11 @@ class BiasBuffer {
     parity_ ^= 1;
     const uint32_t row = IsOneRow(maps) ? 0 : lane / 4, quad = lane & 3;
     if (type == DType::kF32) {
-      // Line 2 row + n / 4, unit 2(n % 4) + quad / 2: its number exchanges with the line's.
-      const uint32_t at = buffer_ + row * 256 + ((quad / 2) ^ (row * 2 % 8)) * 16 + quad % 2 * 8;
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        ReadPair<float2>(bias, n, at ^ (n % 4 * 32 ^ n / 4 * (128 + 16)), 8 * 256);
-      }
+      ReadAs<float2>(bias, row, quad);
+    } else if (type == DType::kBf16) {
+      ReadAs<__nv_bfloat162>(bias, row, quad);
     } else {
-      const uint32_t at = buffer_ + row * (128 + 16) + quad * 4;
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        if (type == DType::kBf16) {
-          ReadPair<__nv_bfloat162>(bias, n, at ^ (n * 16), 8 * 128);
-        } else {
-          ReadPair<__half2>(bias, n, at ^ (n * 16), 8 * 128);
-        }
-      }
+      ReadAs<__half2>(bias, row, quad);
     }
   }
 
@@ -98,13 +89,24 @@ class BiasBuffer {
     return maps.bias_bytes < kBiasRows * kBiasLine;
   }
   template <class P>
-  __device__ static __forceinline__ void ReadPair(float (&bias)[kBlockKv / 2], int n, uint32_t at,
-                                                  int eight_rows) {
+  __device__ __forceinline__ void ReadAs(float (&bias)[kBlockKv / 2], uint32_t row,
+                                         uint32_t quad) const {
+    constexpr uint32_t kPair = sizeof(P), kLines = kPair / 4;
+    // Pair 4n + quad of a row, where units are exchanged by the number of the line: that is by
+    // kLines * row % 8, and in the second line by 1 more.
+    const uint32_t pair =
+        buffer_ + row * (kLines * kBiasLine) + ((quad * kPair) ^ (row * kLines % 8 * 16));
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float2 x = BiasRows::ToFloats(ptx::LoadSharedAs<P>(at + half * eight_rows));
-      bias[4 * n + 2 * half] = x.x;
-      bias[4 * n + 2 * half + 1] = x.y;
+    for (uint32_t n = 0; n < kBlockKv / 8; ++n) {
+      const uint32_t byte = 4 * n * kPair;
+      const uint32_t at = pair ^ byte ^ (byte / kBiasLine * 16);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 x =
+            BiasRows::ToFloats(ptx::LoadSharedAs<P>(at + half * (8 * kLines * kBiasLine)));
+        bias[4 * n + 2 * half] = x.x;
+        bias[4 * n + 2 * half + 1] = x.y;
+      }
     }
   }
 
