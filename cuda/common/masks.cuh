@@ -196,11 +196,11 @@ class BiasRows {
     }
   }
 
+ private:
   __device__ static float2 ToFloats(float2 x) { return x; }
   __device__ static float2 ToFloats(__half2 x) { return __half22float2(x); }
   __device__ static float2 ToFloats(__nv_bfloat162 x) { return __bfloat1622float2(x); }
 
- private:
   template <class P, int kBlocks>
   __device__ __forceinline__ void LoadAs(float (&bias)[kBlocks][kBlockKv / 2], int column) const {
     constexpr int kPairs = kBlocks * kBlockKv / 8;
