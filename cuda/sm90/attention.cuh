@@ -368,8 +368,12 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
   const uint32_t output = shared + T::kOutput + warpgroup * T::kOutputBytes +
                           warp * T::kOutputOfWarp;
   constexpr int kBoxBytes = T::kHeadDim < kBoxChannels ? T::kHeadDim : kBoxChannels;
-  const uint64_t k_tiles = ptx::Descriptor<kBoxBytes>(shared + T::kK);
-  const uint64_t v_tiles = Pv::Descriptor(shared + T::kV);
+  uint64_t k_tiles = ptx::Descriptor<kBoxBytes>(shared + T::kK);
+  uint64_t v_tiles = Pv::Descriptor(shared + T::kV);
+  if constexpr (T::kBiased) {  // computed anew for each tile otherwise: 15 instructions
+    k_tiles = ptx::Uniform(k_tiles);
+    v_tiles = ptx::Uniform(v_tiles);
+  }
   // For V, which only wgmma reads. What threads have read each of them releases:
   // compute-sanitizer's racecheck does not follow a warp's reads through __syncwarp to an arrival
   // of one lane.
