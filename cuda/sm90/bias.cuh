@@ -54,7 +54,7 @@ class BiasBuffer {
   __device__ __forceinline__ BiasBuffer(uint32_t buffer, uint32_t full)
       : buffer_(buffer), full_(full) {}
 
-  // Of a warp in its warpgroup, from that of the warpgroup.
+  // What a warp adds to its warpgroup's row of the tensor.
   __device__ static __forceinline__ int FirstRow(const TensorMaps& maps, int warp) {
     return IsOneRow(maps) ? 0 : kBiasRows * warp;
   }
