@@ -176,6 +176,26 @@ class BiasRows {
     }
   }
 
+  // The same where all keys have one bias.
+  template <int kBlocks>
+  __device__ __forceinline__ void Spread(float (&bias)[kBlocks][kBlockKv / 2]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float x;
+      if (type_ == DType::kF32) {
+        x = __ldg(reinterpret_cast<const float*>(rows_[half]));
+      } else if (type_ == DType::kBf16) {
+        x = __bfloat162float(__ldg(reinterpret_cast<const __nv_bfloat16*>(rows_[half])));
+      } else {
+        x = __half2float(__ldg(reinterpret_cast<const __half*>(rows_[half])));
+      }
+#pragma unroll
+      for (int i = 0; i < kBlocks * kBlockKv / 4; ++i) {
+        bias[i / (kBlockKv / 4)][i % (kBlockKv / 4) / 2 * 4 + 2 * half + i % 2] = x;
+      }
+    }
+  }
+
  private:
   __device__ static float2 ToFloats(float2 x) { return x; }
   __device__ static float2 ToFloats(__half2 x) { return __half22float2(x); }
@@ -199,24 +219,6 @@ class BiasRows {
         float* to = &bias[n / (kBlockKv / 8)][n % (kBlockKv / 8) * 4 + 2 * half];
         to[0] = x.x;
         to[1] = x.y;
-      }
-    }
-  }
-  template <int kBlocks>
-  __device__ __forceinline__ void Spread(float (&bias)[kBlocks][kBlockKv / 2]) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float x;
-      if (type_ == DType::kF32) {
-        x = __ldg(reinterpret_cast<const float*>(rows_[half]));
-      } else if (type_ == DType::kBf16) {
-        x = __bfloat162float(__ldg(reinterpret_cast<const __nv_bfloat16*>(rows_[half])));
-      } else {
-        x = __half2float(__ldg(reinterpret_cast<const __half*>(rows_[half])));
-      }
-#pragma unroll
-      for (int i = 0; i < kBlocks * kBlockKv / 4; ++i) {
-        bias[i / (kBlockKv / 4)][i % (kBlockKv / 4) / 2 * 4 + 2 * half + i % 2] = x;
       }
     }
   }

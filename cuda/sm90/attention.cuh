@@ -7,8 +7,7 @@
 // matrix unit or for its exponentials, the other two use what it leaves.
 //
 // With masks the producer warp finds the tiles that any of the queries may see, loads these alone,
-// and says with each what each warpgroup sees of it. A bias takes 64 registers more, and so there
-// are two consumers.
+// and says with each what each warpgroup sees of it. A bias is loaded by the consumer warps.
 #pragma once
 
 #include "common/epilogue.cuh"
@@ -17,6 +16,7 @@
 #include "common/ptx.cuh"
 #include "sm90/attention.h"
 #include "sm90/barrier.cuh"
+#include "sm90/bias.cuh"
 #include "sm90/softmax.cuh"
 #include "sm90/store.cuh"
 #include "sm90/sums.cuh"
@@ -36,13 +36,15 @@ struct Traits {
   static constexpr bool kMasked = kMasking != Masking::kPlain;
   static constexpr bool kBiased = kMasking == Masking::kBiased;
   static constexpr int kHeadDim = Pv::kHeadDim;
-  static constexpr int kConsumers = kBiased || kHeadDim > 128 ? 2 : 3;  // warpgroups
+  // Warpgroups. FP32 sums in registers leave none for a bias beside two others.
+  static constexpr int kConsumers =
+      kHeadDim > 128 || (kBiased && !Pv::kSumsRows && kHeadDim > 64) ? 2 : 3;
   static constexpr int kQueries = kConsumers * kRows;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // The producer of masked kernels plans. Where the consumers need all that there is, it has 32
   // registers all the same, and spills some.
   static constexpr bool kFullConsumers =
-      !kMasked || (Pv::kSumsRows && (kExactSum || Pv::kHeadDim > 64));
+      !kMasked || (!kBiased && Pv::kSumsRows && (kExactSum || Pv::kHeadDim > 64));
   static constexpr int kProducerRegisters = kConsumers == 3 && kFullConsumers ? 32 : 56;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 224 : kFullConsumers ? 160 : 152;
   // setmaxnreg waits until the registers are there: the CTA has what it was launched with.
@@ -61,30 +63,44 @@ struct Traits {
   static constexpr int kRowsBytes = kMasked || kQInRegisters ? 32 : 16;
   // Where it only serves the stores, these go by turns of 128 channels.
   static constexpr int kOutputBytes = kRows * (Pv::kSumsRows || kHeadDim < 128 ? kHeadDim : 128) * 4;
+  static constexpr int kOutputOfWarp = kOutputBytes / 4;
+  // Where the output needs its buffer at the end of an item only, a bias has it until then. The
+  // FP32 output of 256 channels leaves no room: there the threads load their bias for themselves.
+  static constexpr bool kCopiesBias = kBiased && (!Pv::kSumsRows || kHeadDim <= 128);
+  static constexpr bool kBiasInOutput = kCopiesBias && !Pv::kSumsRows;
+  static constexpr int kBiasOfWarp = kBiasInOutput ? kOutputOfWarp : kBiasBytes;
+  static constexpr int kBiasOfGroup = kCopiesBias && !kBiasInOutput ? 4 * kBiasBytes : 0;
+  static constexpr int kBiasBarriers = kCopiesBias ? 4 * kConsumers : 0;
   static constexpr int kMaxStages = 6;
   static constexpr int kFixedBytes =
-      kConsumers * (kQBytes + kQScaleBytes + kIntervalBytes + kOutputBytes + kRowsBytes) +
+      kConsumers * (kQBytes + kBiasOfGroup + kQScaleBytes + kIntervalBytes + kOutputBytes +
+                    kRowsBytes) +
       4 * kMaxStages + 16 + int{sizeof(OutputTable<kHeadDim>)} +
-      8 * (2 + 2 * kConsumers + 4 * kMaxStages) + 1024;
+      8 * (2 + 2 * kConsumers + 4 * kMaxStages + kBiasBarriers) + 1024;
   static constexpr int kFitting = (kSharedLimit - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
   // Shared memory; tiles first, they must be aligned to 8 rows of up to 128 bytes for the swizzle.
   static constexpr int kQ = 0;
-  static constexpr int kK = kQ + kConsumers * kQBytes;
+  static constexpr int kOwnBias = kQ + kConsumers * kQBytes;
+  static constexpr int kK = kOwnBias + kConsumers * kBiasOfGroup;
   static constexpr int kV = kK + kStages * kKBytes;
   static constexpr int kOutput = kV + kStages * Pv::kStride;
+  static constexpr int kBias = kBiasInOutput ? kOutput : kOwnBias;
   static constexpr int kQScales = kOutput + kConsumers * kOutputBytes;
   static constexpr int kIntervals = kQScales + kConsumers * kQScaleBytes;
   static constexpr int kScales = kIntervals + kConsumers * kIntervalBytes;
-  // First row, batch, head, 0, and the addresses of the row's words of the mask and of its Q.
+  // First row, batch, head, the first row's bias, and the addresses of its words of the mask and of
+  // its Q.
   static constexpr int kFirstRows = kScales + kStages * kScaleBytes;
   static constexpr int kPlans = kFirstRows + kConsumers * kRowsBytes;
   static constexpr int kTable = (kPlans + kStages * 4 + 15) / 16 * 16;
   static constexpr int kBarriers = kTable + int{sizeof(OutputTable<kHeadDim>)};
-  static constexpr int kBarrierCount = 2 + 2 * kConsumers + 4 * kStages;
+  static constexpr int kBarrierCount = 2 + 2 * kConsumers + 4 * kStages + kBiasBarriers;
   static constexpr int kSharedBytes = kBarriers + kBarrierCount * 8 + 1024;  // to align
   static_assert(kStages >= (kConsumers == 3 ? 3 : 2), "the warpgroups drift apart");
   static_assert(kKBytes % 1024 == 0 && Pv::kStride % Pv::kAlignment == 0 && kQBytes % 1024 == 0);
+  static_assert(!kCopiesBias || (kTile == kBiasTile && kBias % 1024 == 0 &&
+                                 kBiasOfWarp >= kBiasBytes && kBiasOfWarp % 1024 == 0));
   static_assert(kSharedBytes <= kSharedLimit);
 };
 
@@ -100,6 +116,7 @@ struct Barriers {
   __device__ uint32_t KEmpty(int stage) const { return KFull(kStages + stage); }
   __device__ uint32_t VFull(int stage) const { return KFull(2 * kStages + stage); }
   __device__ uint32_t VEmpty(int stage) const { return KFull(3 * kStages + stage); }
+  __device__ uint32_t BiasFull(int warp) const { return KFull(4 * kStages + warp); }
 
   __device__ void Init() const {
     ptx::BarrierInit(TableFull(), 64);  // threads that prepare the table
@@ -114,6 +131,7 @@ struct Barriers {
       ptx::BarrierInit(KEmpty(stage), 128 * kConsumers);
       ptx::BarrierInit(VEmpty(stage), 4 * kConsumers);  // one lane of each warp
     }
+    for (int warp = 0; warp < T::kBiasBarriers; ++warp) ptx::BarrierInit(BiasFull(warp), 1);
     ptx::FenceBarrierInit();
   }
 };
@@ -295,6 +313,9 @@ __device__ __forceinline__ void ProduceQ(const AttentionParams& params, const Te
         const int head = static_cast<int>(position.head) % params.heads;
         ptx::StoreSharedAs(first_row + 4, batch);
         ptx::StoreSharedAs(first_row + 8, head);
+        if constexpr (T::kCopiesBias) {
+          ptx::StoreSharedAs(first_row + 12, RowOfBias(params, batch, head, row));
+        }
         ptx::StoreSharedAs(first_row + 16, MaskRow(params.masks, batch, head, row));
       }
       if constexpr (T::kQInRegisters) {
@@ -336,18 +357,23 @@ __device__ __forceinline__ void ProduceTable(const AttentionParams& params, Work
 }
 
 template <class T>
-__device__ __forceinline__ void Consume(const AttentionParams& params, Work<T> work,
-                                        const OutputTable<T::kHeadDim>& table, uint32_t shared,
-                                        Barriers<T> barriers) {
+__device__ __forceinline__ void Consume(const AttentionParams& params, const TensorMaps& maps,
+                                        Work<T> work, const OutputTable<T::kHeadDim>& table,
+                                        uint32_t shared, Barriers<T> barriers) {
   using Pv = typename T::Pv;
   const int lane = threadIdx.x % 32;
   // The same in all lanes: the compiler keeps what follows from it in uniform registers.
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1;
   const int warp = threadIdx.x % 128 / 32;
-  const uint32_t output = shared + T::kOutput + warpgroup * T::kOutputBytes + warp * 512;
+  const uint32_t output = shared + T::kOutput + warpgroup * T::kOutputBytes +
+                          warp * T::kOutputOfWarp;
   constexpr int kBoxBytes = T::kHeadDim < kBoxChannels ? T::kHeadDim : kBoxChannels;
-  const uint64_t k_tiles = ptx::Descriptor<kBoxBytes>(shared + T::kK);
-  const uint64_t v_tiles = Pv::Descriptor(shared + T::kV);
+  uint64_t k_tiles = ptx::Descriptor<kBoxBytes>(shared + T::kK);
+  uint64_t v_tiles = Pv::Descriptor(shared + T::kV);
+  if constexpr (T::kBiased) {  // computed anew for each tile otherwise: 15 instructions
+    k_tiles = ptx::Uniform(k_tiles);
+    v_tiles = ptx::Uniform(v_tiles);
+  }
   // For V, which only wgmma reads. What threads have read each of them releases:
   // compute-sanitizer's racecheck does not follow a warp's reads through __syncwarp to an arrival
   // of one lane.
@@ -356,6 +382,8 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work<T> w
     if (lane == 0) ptx::BarrierArrive(barrier);
   };
   const uint32_t opaque_zero = work.items >> 31;
+  const int bias_warp = 4 * warpgroup + __shfl_sync(0xffffffffu, warp, 0);
+  BiasBuffer bias(shared + T::kBias + bias_warp * T::kBiasOfWarp, barriers.BiasFull(bias_warp));
   Ring<T::kStages> ring;
   for (unsigned turn = 0; work.Any(turn); ++turn) {
     ptx::BarrierWait(barriers.QFull(warpgroup), turn & 1);
@@ -417,9 +445,23 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work<T> w
       const auto batch = [&] { return ptx::LoadSharedAs<int>(first_row_slot + 4); };
       const auto head = [&] { return ptx::LoadSharedAs<int>(first_row_slot + 8); };
       uint32_t plan, words[2];
+      [[maybe_unused]] int bias_row = 0;
+      if constexpr (T::kCopiesBias) {
+        bias_row = ptx::LoadSharedAs<int>(first_row_slot + 12) + bias.FirstRow(maps, bias_warp % 4);
+        bias_row = __shfl_sync(0xffffffffu, bias_row, 0);
+      }
       const auto load_plan = [&] {
         load_scales();
         plan = ptx::LoadSharedAs<uint32_t>(shared + T::kPlans + ring.stage * 4);
+        if constexpr (T::kCopiesBias) {
+          if ((plan >> (kViewBits * warpgroup) & kAll) && maps.bias_bytes != 0) {
+            __syncwarp();  // all have read the bias of the tile before
+            if (lane == 0) {
+              bias.Copy(maps, static_cast<int>(plan >> kTileShift), bias_row);
+            }
+            __syncwarp();
+          }
+        }
         // Far away: needed after the next QK^T.
         if (plan >> (kViewBits * warpgroup) & kByMask) {
           const auto* mask_row = ptx::LoadSharedAs<const uint32_t*>(first_row_slot + 16);
@@ -447,7 +489,13 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work<T> w
         }
         const auto softmax = [&](uint32_t (&p)[T::kBlocks][Pv::kRegisters]) {
           const int first = static_cast<int>(plan >> kTileShift) * T::kTile;
-          if constexpr (T::kBiased) {
+          if constexpr (T::kCopiesBias) {
+            if (maps.bias_bytes != 0) {
+              bias.Read(scores.bias[0], maps, params.masks.bias_type, lane);
+            } else {
+              BiasRows(params, batch(), head(), row).Spread(scores.bias);
+            }
+          } else if constexpr (T::kBiased) {
             BiasRows(params, batch(), head(), row).Load(scores.bias, first, lane);
           }
           if (view == kAll) {
@@ -529,6 +577,8 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work<T> w
       WithOutputType(params.out_type, [&](auto type) {
         StoreTile<decltype(type)>(params, table, first_row, lane, output, o);
       });
+      // What comes next there is a copy of the bias.
+      if constexpr (T::kBiasInOutput) ptx::FenceAsyncProxy();
     }
     ptx::BarrierArrive(barriers.TableEmpty());
   }
@@ -561,7 +611,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     if (threadIdx.x >= 64) ProduceTable<T>(params, work, threadIdx.x - 64, table, barriers);
   } else {
     ptx::RegistersUp<T::kConsumerRegisters>();
-    Consume<T>(params, work, table, shared, barriers);
+    Consume<T>(params, maps, work, table, shared, barriers);
   }
 }
 
@@ -585,6 +635,10 @@ cudaError_t Launch(const AttentionParams& params, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   error = Encode(&maps.v, T::Pv::Map(params.v, params.padded_kv, kv_heads));
   if (error != cudaSuccess) return error;
+  if constexpr (T::kCopiesBias) {
+    error = EncodeBias(maps, params);
+    if (error != cudaSuccess) return error;
+  }
   error = cudaFuncSetAttribute(AttentionKernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                T::kSharedBytes);
   if (error != cudaSuccess) return error;

@@ -19,7 +19,7 @@ cudaError_t Encode(CUtensorMap* map, const Tensor& tensor) {
       CUtensorMapL2promotion, CUtensorMapFloatOOBfill)>(function);
   const cuuint64_t dims[3] = {tensor.inner, tensor.middle, tensor.outer};
   const cuuint64_t strides[2] = {tensor.inner, tensor.inner * tensor.middle};
-  const cuuint32_t box[3] = {tensor.box_inner, tensor.box_middle, 1};
+  const cuuint32_t box[3] = {tensor.box_inner, tensor.box_middle, tensor.box_outer};
   const cuuint32_t steps[3] = {1, 1, 1};
   const CUresult encoded =
       encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void*>(tensor.data), dims, strides,

@@ -8,8 +8,8 @@
 namespace jax_sage::sm90 {
 
 // A warp stores its 16 rows from `first_row` on; of each thread the two rows that FinishRows
-// finished. `shared`: the warp's part of the warpgroup's output buffer, 512 bytes every 2048. That
-// has room for 128 channels: more are stored by turns.
+// finished. `shared`: the warp's part of the output buffer. That has room for 128 channels: more are
+// stored by turns.
 template <class Out, int kHeadDim>
 __device__ __forceinline__ void StoreTile(const AttentionParams& params,
                                           const OutputTable<kHeadDim>& table, int first_row,
@@ -17,11 +17,9 @@ __device__ __forceinline__ void StoreTile(const AttentionParams& params,
                                           const float (&o)[kHeadDim / 8][4]) {
   constexpr int kChannels = kHeadDim < 128 ? kHeadDim : 128;
   constexpr int kRowBytes = kChannels * 4;  // of FP32; rows of smaller types leave a gap
-  constexpr int kRowsPerPiece = 512 / kRowBytes;
   // Units of 16 bytes are exchanged by row, so that neither direction has bank conflicts.
   const auto address = [&](int row, int byte) {
-    return shared + row / kRowsPerPiece * 2048 + row % kRowsPerPiece * kRowBytes +
-           (byte ^ (row % 8 * 16));
+    return shared + row * kRowBytes + (byte ^ (row % 8 * 16));
   };
   const int rows = min(16, params.length_q - first_row);
   const int64_t pitch = static_cast<int64_t>(params.heads) * params.head_dim;

@@ -36,7 +36,7 @@ struct PvFp8 {
   static constexpr uint32_t kLimitOffset = (0x80 - (kLog2PMaxInt + 7) * 8) * 0x01010101;
   static constexpr uint32_t kLimitMask = 0x80808080;
 
-  uint32_t output;  // address of this thread's part: 4 floats every 2048 bytes
+  uint32_t output;  // address of this thread's part: 4 floats every 512 bytes
   uint32_t sums[(kHeadDim + kSumRows) / 4];  // FP16 pairs: the channels, then the row sums
   float row_sum[2] = {0, 0};
   float pending[2] = {1, 1};  // what the output is still to be multiplied by
@@ -104,7 +104,7 @@ struct PvFp8 {
     for (int i = 0; i < kHeadDim / 8; ++i) {
       float o[4];
       Promoted(o, i, tile >= kPromoteTiles);
-      ptx::StoreSharedAs(output + i * 2048, make_float4(o[0], o[1], o[2], o[3]));
+      ptx::StoreSharedAs(output + i * 512, make_float4(o[0], o[1], o[2], o[3]));
     }
     pending[0] = pending[1] = 1;
     AddRowSums();
@@ -137,7 +137,7 @@ struct PvFp8 {
   // The output with the sums; `any`: there is an output already.
   __device__ __forceinline__ void Promoted(float (&o)[4], int i, bool any) const {
     float4 old = {0, 0, 0, 0};
-    if (any) old = ptx::LoadSharedAs<float4>(output + i * 2048);
+    if (any) old = ptx::LoadSharedAs<float4>(output + i * 512);
     const float2 x = ptx::UnpackF16(sums[2 * i]), y = ptx::UnpackF16(sums[2 * i + 1]);
     o[0] = fmaf(old.x, pending[0], x.x);
     o[1] = fmaf(old.y, pending[0], x.y);
