@@ -70,7 +70,7 @@ struct Traits {
   static constexpr bool kBiasInOutput = kCopiesBias && !Pv::kSumsRows;
   static constexpr int kBiasOfWarp = kBiasInOutput ? kOutputOfWarp : kBiasBytes;
   static constexpr int kBiasOfGroup = kCopiesBias && !kBiasInOutput ? 4 * kBiasBytes : 0;
-  static constexpr int kBiasBarriers = kCopiesBias ? 4 * kConsumers : 0;
+  static constexpr int kBiasBarriers = kCopiesBias ? 8 * kConsumers : 0;
   static constexpr int kMaxStages = 6;
   static constexpr int kFixedBytes =
       kConsumers * (kQBytes + kBiasOfGroup + kQScaleBytes + kIntervalBytes + kOutputBytes +
@@ -117,6 +117,7 @@ struct Barriers {
   __device__ uint32_t VFull(int stage) const { return KFull(2 * kStages + stage); }
   __device__ uint32_t VEmpty(int stage) const { return KFull(3 * kStages + stage); }
   __device__ uint32_t BiasFull(int warp) const { return KFull(4 * kStages + warp); }
+  static constexpr int kBiasEmpty = 8 * 4 * kConsumers;  // behind BiasFull
 
   __device__ void Init() const {
     ptx::BarrierInit(TableFull(), 64);  // threads that prepare the table
@@ -131,7 +132,10 @@ struct Barriers {
       ptx::BarrierInit(KEmpty(stage), 128 * kConsumers);
       ptx::BarrierInit(VEmpty(stage), 4 * kConsumers);  // one lane of each warp
     }
-    for (int warp = 0; warp < T::kBiasBarriers; ++warp) ptx::BarrierInit(BiasFull(warp), 1);
+    for (int warp = 0; warp < T::kBiasBarriers / 2; ++warp) {
+      ptx::BarrierInit(BiasFull(warp), 1);
+      ptx::BarrierInit(BiasFull(warp) + kBiasEmpty, 32);
+    }
     ptx::FenceBarrierInit();
   }
 };
@@ -383,7 +387,8 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
   };
   const uint32_t opaque_zero = work.items >> 31;
   const int bias_warp = 4 * warpgroup + __shfl_sync(0xffffffffu, warp, 0);
-  BiasBuffer bias(shared + T::kBias + bias_warp * T::kBiasOfWarp, barriers.BiasFull(bias_warp));
+  BiasBuffer<Barriers<T>::kBiasEmpty> bias(shared + T::kBias + bias_warp * T::kBiasOfWarp,
+                                           barriers.BiasFull(bias_warp));
   Ring<T::kStages> ring;
   for (unsigned turn = 0; work.Any(turn); ++turn) {
     ptx::BarrierWait(barriers.QFull(warpgroup), turn & 1);
@@ -455,10 +460,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
         plan = ptx::LoadSharedAs<uint32_t>(shared + T::kPlans + ring.stage * 4);
         if constexpr (T::kCopiesBias) {
           if ((plan >> (kViewBits * warpgroup) & kAll) && maps.bias_bytes != 0) {
-            __syncwarp();  // all have read the bias of the tile before
-            if (lane == 0) {
-              bias.Copy(maps, static_cast<int>(plan >> kTileShift), bias_row);
-            }
+            if (lane == 0) bias.Copy(maps, static_cast<int>(plan >> kTileShift), bias_row);
             __syncwarp();
           }
         }

@@ -48,7 +48,9 @@ __device__ __forceinline__ int RowOfBias(const AttentionParams& params, int batc
   return masks.bias_row_stride != 0 ? heads * params.length_q + row : heads;
 }
 
-// A warp's buffer, aligned to 1024 bytes. Each Copy() is followed by one Read().
+// A warp's buffer, aligned to 1024 bytes. Each Copy() is followed by one Read(). kEmpty: how far the
+// barrier that all lanes complete is behind that which bytes do.
+template <int kEmpty>
 class BiasBuffer {
  public:
   __device__ __forceinline__ BiasBuffer(uint32_t buffer, uint32_t full)
@@ -58,10 +60,10 @@ class BiasBuffer {
   __device__ static __forceinline__ int FirstRow(const TensorMaps& maps, int warp) {
     return IsOneRow(maps) ? 0 : kBiasRows * warp;
   }
-  // One lane, when all have read what was there. Rows behind a head's last are another head's, or
-  // zeros.
+  // One lane. Rows behind a head's last are another head's, or zeros.
   __device__ __forceinline__ void Copy(const TensorMaps& maps, int tile, int row) const {
     const int line = tile * maps.bias_lines;
+    ptx::BarrierWait(full_ + kEmpty, parity_ ^ 1);
     ptx::BarrierExpect(full_, maps.bias_bytes);
     ptx::CopyBox(buffer_, &maps.bias, full_, 0, line, row);
     if (IsOneRow(maps)) {
@@ -82,6 +84,7 @@ class BiasBuffer {
     } else {
       ReadAs<__half2>(bias, row, quad);
     }
+    ptx::BarrierArrive(full_ + kEmpty);
   }
 
  private:
@@ -116,7 +119,7 @@ class BiasBuffer {
   }
 
   uint32_t buffer_, full_;  // address of the buffer, and of the barrier that bytes complete
-  uint32_t parity_ = 0;     // of the barrier's phase that the next Read waits for
+  uint32_t parity_ = 0;     // of its phase that the next Read waits for
 };
 
 }  // namespace jax_sage::sm90
