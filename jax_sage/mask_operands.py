@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jax_sage.masking import Masks, View
 
@@ -56,6 +57,21 @@ def make(
             "bias": np.int64(masks.bias is not None),
         },
     )
+
+
+def sorted_segments(
+    masks: Masks, batch: Sequence[int], padded_q: int, length_kv: int
+) -> tuple[jax.Array, ...]:
+    """For quantization: ids of the queries, [B, Tp]; of the keys, sorted, [B, S]; whose they are.
+
+    The sort is stable: sums of a segment are always in the order of its keys.
+    """
+    assert masks.query_segment_ids is not None and masks.key_value_segment_ids is not None
+    ids = flat_batch(masks.key_value_segment_ids, batch)
+    ids = jnp.broadcast_to(ids, (ids.shape[0], length_kv))
+    places = lax.broadcasted_iota(jnp.int32, ids.shape, 1)
+    sorted_ids, order = lax.sort((ids, places), dimension=1, is_stable=True, num_keys=1)
+    return _pad_by_last(flat_batch(masks.query_segment_ids, batch), padded_q), sorted_ids, order
 
 
 def round_up(x: int, multiple: int) -> int:

@@ -68,6 +68,10 @@ struct AttentionParams {
   DType out_type;
   const float* per_counted_key;  // per_key of the keys that count, [B, K]; null: all count
   MaskParams masks;
+  // With segments, else null; channels, value_code_sum and per_counted_key are null then. Slots as
+  // in layout.h.
+  const float* slot_channels;  // [B, K, S, kSlotRows, Hp]
+  const int32_t* query_slots;  // [B, Tp]; -1: the query sees no key
 };
 
 }  // namespace jax_sage

@@ -46,7 +46,15 @@ enum ChannelRow : int {
   kChannelRows = 6,
 };
 
-// Rows of the `first_bad` buffer [B, K, 2, Hp].
+// Rows of the `channels` buffer with segments, [B, K, S, kSlotRows, Hp]. A segment's slot is the
+// place of its first key among the keys sorted by id.
+enum SlotRow : int {
+  kSlotScale = 0,   // of V
+  kSlotOffset = 1,  // what smoothing took from V; the average until the codes of V have been made
+  kSlotRows = 2,
+};
+
+// Rows of the `first_bad` buffer [B, K, 2, Hp]. With segments only the least of all is exact.
 enum BadRow : int { kBadKey = 0, kBadValue = 1, kBadRows = 2 };
 
 enum class DType : int { kF16, kBf16, kF32 };

@@ -456,14 +456,14 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
   Table& table = *reinterpret_cast<Table*>(shared_memory);
   if constexpr (T::kMasked) ptx::CopyAsyncWait<0>();  // there may have been no tile to wait for
   __syncthreads();
-  PrepareOutput(table, params, FindPosition<kBlockQ>(params, BlockIndex(), gridDim.x), threadIdx.x,
-                T::kThreads);
+  PrepareOutput<T::kMasked>(table, params, FindPosition<kBlockQ>(params, BlockIndex(), gridDim.x),
+                            threadIdx.x, T::kThreads);
   __syncthreads();
 #pragma unroll
   for (int m = 0; m < T::kTilesM; ++m) {
     const int row = table.first_query + (warp * T::kTilesM + m) * 16 + lane / 4;
-    FinishRows<kHeadDim>(params, table, row, lane, o[m], state[m].max, state[m].sum,
-                         state[m].quantized_sum);
+    FinishRows<T::kMasked>(params, table, row, lane, o[m], state[m].max, state[m].sum,
+                           state[m].quantized_sum);
     WithOutputType(params.out_type,
                    [&](auto type) { StoreRows<decltype(type)>(params, table, row, lane, o[m]); });
   }

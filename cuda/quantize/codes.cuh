@@ -3,6 +3,8 @@
 
 #include <cuda_fp8.h>
 
+#include <type_traits>
+
 #include "quantize/quantize.h"
 #include "quantize/statistics.cuh"
 #include "quantize/tokens.cuh"
@@ -73,28 +75,120 @@ __device__ __forceinline__ int LargestBits(const Vector<In>& vector) {
   return LargestBits(ToFloats(largest));
 }
 
+// K's means of the tokens of a chunk: one of all.
+struct OneMean {
+  static constexpr bool kBySlot = false;
+  float mean[kVector];
+  __device__ __forceinline__ void Next(int) {}
+  __device__ __forceinline__ void Select(int) {}
+  __device__ __forceinline__ float Center(float x, int i) const { return x - mean[i]; }
+};
+
+// Or that of each token's segment, whose size is taken off K and given to Q. kTensor: whose tokens.
+template <class T, Tensor kTensor>
+class SlotMeans {
+ public:
+  static constexpr bool kBySlot = true;
+  float mean[kVector];
+
+  __device__ __forceinline__ SlotMeans(const SegmentedParams& params, int kv_head) {
+    constexpr int kHeadDim = T::kThreadsPerRow * kVector;
+    const int64_t first_slot = kv_head * static_cast<int64_t>(params.length_kv);
+    const int64_t batch = kv_head / params.kv_heads;
+    table_ = params.slot_codes + first_slot * (kSlotCodeRows * kHeadDim) +
+             kSlotKeyMean * kHeadDim + T::Channel();
+    factors_ = params.slot_factors + first_slot;
+    last_ = (kTensor == kKey ? params.length_kv : params.padded_q) - 1;
+    slots_ = (kTensor == kKey ? params.key_slots : params.query_slots) + batch * (last_ + 1);
+  }
+
+  // The chunk that begins with a token.
+  __device__ __forceinline__ void Next(int first) {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      slot_[pass] = SlotOf(first + T::template RowOfPass<kTensor>(pass));
+    }
+    const int of_warp = __shfl_sync(kAllLanes, slot_[0], 0);
+    bool alike = true;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) alike = alike && slot_[pass] == of_warp;
+    is_alike_ = __all_sync(kAllLanes, alike);
+    if (is_alike_) Load(of_warp);
+  }
+  // The token of a pass.
+  __device__ __forceinline__ void Select(int pass) {
+    if (!is_alike_) Load(slot_[pass]);
+  }
+  __device__ __forceinline__ float Center(float x, int i) const {
+    return (x - mean[i]) * inverse_size_;
+  }
+  __device__ __forceinline__ float SizeOf(int token) const {
+    const int slot = SlotOf(token);
+    return slot < 0 ? 1 : __ldg(&factors_[slot].x);
+  }
+
+ private:
+  __device__ __forceinline__ int SlotOf(int token) const {
+    return __ldg(slots_ + min(token, last_));
+  }
+  __device__ __forceinline__ void Load(int slot) {
+    if (slot < 0) {
+#pragma unroll
+      for (float& x : mean) x = 0;
+      return;
+    }
+    constexpr int kHeadDim = T::kThreadsPerRow * kVector;
+    LoadFloats(mean, table_ + slot * static_cast<int64_t>(kSlotCodeRows * kHeadDim));
+    // A power of two: exact.
+    if (kTensor == kKey) inverse_size_ = __frcp_rn(__ldg(&factors_[slot].x));
+  }
+
+  const float* table_;
+  const float2* factors_;
+  const int32_t* slots_;
+  int last_;
+  int slot_[kPasses];
+  bool is_alike_;
+  float inverse_size_;
+};
+
+template <class T, Tensor kTensor>
+__device__ __forceinline__ OneMean MeansOf(const QuantizeParams& params, int kv_head) {
+  constexpr int kHeadDim = T::kThreadsPerRow * kVector;
+  WaitForStatistics(params, kv_head, kKey);
+  OneMean result;
+  LoadFloats(result.mean,
+             params.channels + kv_head * static_cast<int64_t>(kChannelRows * kHeadDim) +
+                 kKeyMean * kHeadDim + T::Channel());
+  return result;
+}
+template <class T, Tensor kTensor>
+__device__ __forceinline__ SlotMeans<T, kTensor> MeansOf(const SegmentedParams& params,
+                                                         int kv_head) {
+  return {params, kv_head};
+}
+
 // A chunk of the rows of Q: codes, scales, and q·k̄ for lse.
-template <class In, int kAccess, int kHeadDim>
-__device__ __forceinline__ void MakeQueryCodes(const QuantizeParams& params, int head, int first) {
+template <class In, int kAccess, int kHeadDim, class Params>
+__device__ __forceinline__ void MakeQueryCodes(const Params& params, int head, int first) {
   using T = Tokens<In, kAccess, kHeadDim>;
   constexpr int kInfBits = 0x7f800000;
   const T tokens(params.query, head, params.heads, params.length_q, params.head_dim, nullptr);
   Vector<In> x[kPasses];
   tokens.template Load<kQuery>(x, first);
   const int kv_head = head / (params.heads / params.kv_heads);
-  WaitForStatistics(params, kv_head, kKey);
-  float k_mean[kVector];
-  LoadFloats(k_mean, params.channels + kv_head * static_cast<int64_t>(kChannelRows * kHeadDim) +
-                         kKeyMean * kHeadDim + T::Channel());
+  auto means = MeansOf<T, kQuery>(params, kv_head);
+  means.Next(first);
   float dots[kPasses];
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
+    means.Select(pass);
     dots[pass] = 0;
 #pragma unroll
     for (int i = 0; i < kVector / 2; ++i) {
       const float2 pair = ToFloats(x[pass].pairs[i]);
-      dots[pass] = fmaf(pair.x, k_mean[2 * i], dots[pass]);
-      dots[pass] = fmaf(pair.y, k_mean[2 * i + 1], dots[pass]);
+      dots[pass] = fmaf(pair.x, means.mean[2 * i], dots[pass]);
+      dots[pass] = fmaf(pair.y, means.mean[2 * i + 1], dots[pass]);
     }
   }
   const float dot = ReducePasses<T::kThreadsPerRow>(dots, [](float a, float b) { return a + b; });
@@ -129,7 +223,9 @@ __device__ __forceinline__ void MakeQueryCodes(const QuantizeParams& params, int
   }
   const int row = T::template RowOfPass<kQuery>(PassOfThread<T::kThreadsPerRow>());
   if (first + row < params.padded_q && threadIdx.x % (T::kThreadsPerRow / kPasses) == 0) {
-    params.q_scale[first_index + row] = bad ? kNan : absmax * params.q_scale_factor;
+    float scale = absmax * params.q_scale_factor;
+    if constexpr (decltype(means)::kBySlot) scale *= means.SizeOf(first + row);
+    params.q_scale[first_index + row] = bad ? kNan : scale;
     params.q_dot_mean[first_index + row] = dot * params.scale_log2;
   }
 }
@@ -142,12 +238,12 @@ struct SharedKey {
 };
 
 // A chunk of K: codes, and four scales for each 64 keys. Synchronizes once.
-template <class T, int kHeadDim>
+template <class T, class Means, int kHeadDim>
 __device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params,
                                                 const T& tokens, SharedKey<kHeadDim>& shared,
                                                 int head, int first,
                                                 const Vector<typename T::Element> (&x)[kPasses],
-                                                const float (&mean)[kVector]) {
+                                                Means& means) {
   constexpr int kPassesPerBlock = kBlockKv / T::kRows;
   // The rows of a pair have a scale in common, and are neighbours in a warp.
   const int pair = T::Row() / 2, scale_class = pair % kKeyScales;
@@ -157,11 +253,12 @@ __device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params,
 #pragma unroll
     for (int i = 0; i < kPassesPerBlock; ++i) {
       const int pass = block * kPassesPerBlock + i;
+      means.Select(pass);
       float values[kVector], row_absmax = 0;
       ToFloats(values, x[pass]);
 #pragma unroll
       for (int c = 0; c < kVector; ++c) {
-        row_absmax = fmaxf(row_absmax, fabsf(values[c] - mean[c]));
+        row_absmax = fmaxf(row_absmax, fabsf(means.Center(values[c], c)));
       }
       if (tokens.Counts(first + T::template RowOfPass<kKey>(pass))) {
         absmax = fmaxf(absmax, row_absmax);
@@ -185,11 +282,17 @@ __device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params,
     for (int i = 0; i < kPassesPerBlock; ++i) {
       const int pass = block * kPassesPerBlock + i;
       const int row = first + T::template RowOfPass<kKey>(pass);
-      const float row_inverse = tokens.Counts(row) ? inverse : 0;
+      const bool counts = tokens.Counts(row);
+      const float row_inverse = counts ? inverse : 0;
+      means.Select(pass);
       float values[kVector];
       ToFloats(values, x[pass]);
 #pragma unroll
-      for (int c = 0; c < kVector; ++c) values[c] -= mean[c];
+      for (int c = 0; c < kVector; ++c) {
+        values[c] = means.Center(values[c], c);
+        // By the size of a segment that it does not count in it may have become infinite.
+        if (Means::kBySlot && !counts) values[c] = 0;
+      }
       const int64_t index = head * static_cast<int64_t>(params.padded_kv) + row;
       *reinterpret_cast<uint2*>(params.k + index * kHeadDim + T::Channel()) =
           make_uint2(PackInt8(values[0], values[1], values[2], values[3], row_inverse),
@@ -202,8 +305,8 @@ __device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params,
   }
 }
 
-template <class In, int kAccess, int kHeadDim>
-__device__ __forceinline__ void MakeKeyCodes(const QuantizeParams& params, const Plan& plan,
+template <class In, int kAccess, int kHeadDim, class Params>
+__device__ __forceinline__ void MakeKeyCodes(const Params& params, const Plan& plan,
                                              SharedKey<kHeadDim>& shared, int head, int part) {
   using T = Tokens<In, kAccess, kHeadDim>;
   const int64_t begin = static_cast<int64_t>(part) * plan.tokens_per_part;
@@ -214,16 +317,14 @@ __device__ __forceinline__ void MakeKeyCodes(const QuantizeParams& params, const
   int first = static_cast<int>(begin);
   Vector<In> x[kPasses];
   tokens.template Load<kKey>(x, first);
-  WaitForStatistics(params, head, kKey);
-  float mean[kVector];
-  LoadFloats(mean, params.channels + head * static_cast<int64_t>(kChannelRows * kHeadDim) +
-                       kKeyMean * kHeadDim + T::Channel());
+  auto means = MeansOf<T, kKey>(params, head);
   const bool is_bad = __ldcg(params.first_bad + head * static_cast<int64_t>(kBadRows * kHeadDim) +
                              kBadKey * kHeadDim) != kNever;
 #pragma unroll 1
   while (true) {
     if (is_bad) MakeFinite(x);
-    KeyCodesOfChunk<T>(params, tokens, shared, head, first, x, mean);
+    means.Next(first);
+    KeyCodesOfChunk<T>(params, tokens, shared, head, first, x, means);
     if (end - first <= T::kTokens) return;
     first += T::kTokens;
     tokens.template Load<kKey>(x, first);
@@ -241,19 +342,47 @@ struct SharedValue {
   float2 inverse[kHeadDim / 2];
 };
 
+// Where a thread's four codes of a channel are in SharedValue::transposed. Words of a channel are
+// exchanged by its group's number: a warp writes to, and reads from, all banks at once. Where a
+// channel has 16 words, those of the upper half of the channels move by 16 more, into the next row:
+// hence one row more.
+template <class T>
+constexpr int kExchange = 32 / T::kThreadsPerRow;
+template <class T>
+__device__ __forceinline__ int WordOf(int channel) {
+  return channel * T::kRows + (T::Row() ^ channel / kVector * kExchange<T>);
+}
+
+// The codes of a chunk of V in FP8.
+template <class T, int kHeadDim>
+__device__ __forceinline__ void StoreTransposed(const QuantizeParams& params,
+                                                const SharedValue<kHeadDim>& shared, int head,
+                                                int first) {
+  constexpr int kQuads = SharedValue<kHeadDim>::kQuads;
+  uint8_t* out = static_cast<uint8_t*>(params.v) +
+                 head * static_cast<int64_t>(kHeadDim) * params.padded_kv + first;
+#pragma unroll
+  for (int i = threadIdx.x; i < kHeadDim * (kQuads / 4); i += kThreads) {
+    const int row = i / (kQuads / 4), sixteen = i % (kQuads / 4);
+    const int row_exchange = row / kVector * kExchange<T>;
+    uint4 words = *reinterpret_cast<const uint4*>(
+        &shared.transposed[row * kQuads + (4 * sixteen ^ (row_exchange & ~3))]);
+    static_assert(kExchange<T> % 2 == 0 && kQuads >= 16);
+    if (row_exchange & 2) words = make_uint4(words.z, words.w, words.x, words.y);
+    if (first + 16 * sixteen < params.padded_kv) {
+      *reinterpret_cast<uint4*>(out + row * static_cast<int64_t>(params.padded_kv) +
+                                16 * sixteen) = words;
+    }
+  }
+}
+
 // A chunk of V: codes, and of channel threadIdx.x their sum. Synchronizes once.
 template <bool kFp8, class T, int kHeadDim>
 __device__ __forceinline__ long long ValueCodesOfChunk(
     const QuantizeParams& params, const T& tokens, SharedValue<kHeadDim>& shared, int head,
     int first,
     const Vector<typename T::Element> (&x)[kPasses]) {
-  constexpr int kQuads = SharedValue<kHeadDim>::kQuads;
   const int channel = T::Channel(), lane = threadIdx.x % 32;
-  // Words of a channel are exchanged by its group's number: a warp writes to, and reads from, all
-  // banks at once. Where a channel has 16 words, those of the upper half of the channels move by 16
-  // more, into the next row: hence one row more.
-  constexpr int kExchange = 32 / T::kThreadsPerRow;
-  const int exchange = channel / kVector * kExchange;
   alignas(16) __half2 halves[kPasses][kVector / 2];
 #pragma unroll
   for (int i = 0; i < kVector / 2; ++i) {
@@ -276,7 +405,7 @@ __device__ __forceinline__ long long ValueCodesOfChunk(
       const auto put = [&](int c, float4 values) {
         __nv_fp8x4_e4m3 codes(values);
         codes.__x &= is_key;
-        shared.transposed[c * kQuads + (T::Row() ^ exchange)] = codes.__x;
+        shared.transposed[WordOf<T>(c)] = codes.__x;
         const float4 rounded = static_cast<float4>(codes);
         // Multiples of 2^-9 up to 7.5: exact.
         return __float2int_rn((rounded.x + rounded.y + rounded.z + rounded.w) * (1 / kCodeUnit));
@@ -313,23 +442,7 @@ __device__ __forceinline__ long long ValueCodesOfChunk(
     }
   }
   __syncthreads();
-  if constexpr (kFp8) {
-    uint8_t* out = static_cast<uint8_t*>(params.v) +
-                   head * static_cast<int64_t>(kHeadDim) * params.padded_kv + first;
-#pragma unroll
-    for (int i = threadIdx.x; i < kHeadDim * (kQuads / 4); i += kThreads) {
-      const int row = i / (kQuads / 4), sixteen = i % (kQuads / 4);
-      const int row_exchange = row / kVector * kExchange;
-      uint4 words = *reinterpret_cast<const uint4*>(
-          &shared.transposed[row * kQuads + (4 * sixteen ^ (row_exchange & ~3))]);
-      static_assert(kExchange % 2 == 0 && kQuads >= 16);
-      if (row_exchange & 2) words = make_uint4(words.z, words.w, words.x, words.y);
-      if (first + 16 * sixteen < params.padded_kv) {
-        *reinterpret_cast<uint4*>(out + row * static_cast<int64_t>(params.padded_kv) +
-                                  16 * sixteen) = words;
-      }
-    }
-  }
+  if constexpr (kFp8) StoreTransposed<T>(params, shared, head, first);
   long long total = 0;
   if (threadIdx.x < kHeadDim) {
 #pragma unroll
@@ -338,10 +451,123 @@ __device__ __forceinline__ long long ValueCodesOfChunk(
   return total;
 }
 
-template <class In, int kAccess, int kHeadDim>
-__device__ __forceinline__ void MakeValueCodes(const QuantizeParams& params, const Plan& plan,
+// How two channels of V become codes.
+struct ValuePair {
+  float2 mean, down, inverse;
+  __device__ __forceinline__ float2 Scale(float2 x) const {
+    return make_float2((x.x - mean.x) * down.x * inverse.x, (x.y - mean.y) * down.y * inverse.y);
+  }
+};
+
+// The slots of V's tokens, and what lies at them.
+template <class T>
+class SlotValues {
+ public:
+  static constexpr int kHeadDim = T::kThreadsPerRow * kVector;
+
+  __device__ __forceinline__ SlotValues(const SegmentedParams& params, int head)
+      : with_sums_(params.smooth_v), last_(params.length_kv - 1) {
+    const int64_t first_slot = head * static_cast<int64_t>(params.length_kv);
+    slots_ = params.key_slots + head / params.kv_heads * static_cast<int64_t>(params.length_kv);
+    channels_ = params.slot_channels + first_slot * (kSlotRows * kHeadDim);
+    codes_ = params.slot_codes + first_slot * (kSlotCodeRows * kHeadDim);
+    sums_ = reinterpret_cast<unsigned long long*>(params.value_code_sum) + first_slot * kHeadDim;
+  }
+
+  __device__ __forceinline__ int SlotOf(int token) const {
+    return __ldg(slots_ + min(token, last_));
+  }
+  // The slot of all tokens of the chunk that begins with `first`, or -1. Synchronizes.
+  __device__ __forceinline__ int SlotOfChunk(int first) const {
+    const int slot = SlotOf(first);
+    bool alike = true;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      alike = alike && SlotOf(first + T::template RowOfPass<kValue>(pass)) == slot;
+    }
+    return __syncthreads_and(alike) ? slot : -1;
+  }
+
+  __device__ __forceinline__ ValuePair Load(int slot, int pair) const {
+    const float* channels = channels_ + slot * static_cast<int64_t>(kSlotRows * kHeadDim);
+    const float* codes = codes_ + slot * static_cast<int64_t>(kSlotCodeRows * kHeadDim);
+    const auto load = [&](const float* row) {
+      return __ldg(reinterpret_cast<const float2*>(row) + pair);
+    };
+    const float2 scale = load(channels + kSlotScale * kHeadDim);
+    const float2 average = load(channels + kSlotOffset * kHeadDim);
+    return {make_float2(ValueMean(average.x), ValueMean(average.y)),
+            make_float2(DownscaleOf(scale.x), DownscaleOf(scale.y)),
+            load(codes + kSlotInverse * kHeadDim)};
+  }
+
+  // Integers: the order of the additions does not show.
+  __device__ __forceinline__ void AddSum(int slot, int channel, long long sum) const {
+    if (with_sums_ && sum != 0) {
+      atomicAdd(sums_ + slot * static_cast<int64_t>(kHeadDim) + channel,
+                static_cast<unsigned long long>(sum));
+    }
+  }
+
+ private:
+  bool with_sums_;
+  int last_;
+  const int32_t* slots_;
+  const float* channels_;
+  const float* codes_;
+  unsigned long long* sums_;
+};
+
+// A chunk of V with tokens of several segments: codes, and their sums. Rare, and so a token of each
+// thread at a time. Synchronizes once.
+template <bool kFp8, class T, int kHeadDim>
+__device__ __forceinline__ void MixedValueCodesOfChunk(const QuantizeParams& params,
+                                                       const T& tokens,
+                                                       SharedValue<kHeadDim>& shared, int head,
+                                                       int first, const SlotValues<T>& values) {
+  const auto integer = [](float code) { return __float2int_rn(code * (1 / kCodeUnit)); };
+#pragma unroll 1
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int token = first + T::template RowOfPass<kValue>(pass);
+    if (token >= params.padded_kv) continue;
+    const bool is_key = tokens.Counts(token);
+    const int slot = values.SlotOf(token);
+    Vector<typename T::Element> x = tokens.Load(token);
+    MakeFinite(x);
+    alignas(16) __half2 halves[kVector / 2];
+#pragma unroll
+    for (int i = 0; i < kVector / 2; ++i) {
+      const int channel = T::Channel() + 2 * i;
+      float2 rounded = values.Load(slot, channel / 2).Scale(ToFloats(x.pairs[i]));
+      if (!is_key) rounded = make_float2(0, 0);
+      if constexpr (kFp8) {
+        const __nv_fp8x2_e4m3 codes(rounded);
+        rounded = static_cast<float2>(codes);
+        uint8_t* words = reinterpret_cast<uint8_t*>(shared.transposed) + pass;
+        words[4 * WordOf<T>(channel)] = codes.__x & 0xff;
+        words[4 * WordOf<T>(channel + 1)] = codes.__x >> 8;
+      } else {
+        halves[i] = __float22half2_rn(rounded);
+        rounded = __half22float2(halves[i]);
+      }
+      values.AddSum(slot, channel, integer(rounded.x));
+      values.AddSum(slot, channel + 1, integer(rounded.y));
+    }
+    if constexpr (!kFp8) {
+      const int64_t index = head * static_cast<int64_t>(params.padded_kv) + token;
+      *reinterpret_cast<uint4*>(static_cast<__half*>(params.v) + index * kHeadDim +
+                                T::Channel()) = *reinterpret_cast<const uint4*>(halves);
+    }
+  }
+  __syncthreads();
+  if constexpr (kFp8) StoreTransposed<T>(params, shared, head, first);
+}
+
+template <class In, int kAccess, int kHeadDim, class Params>
+__device__ __forceinline__ void MakeValueCodes(const Params& params, const Plan& plan,
                                                SharedValue<kHeadDim>& shared, int head, int part) {
   using T = Tokens<In, kAccess, kHeadDim>;
+  constexpr bool kBySlot = std::is_same_v<Params, SegmentedParams>;
   const int64_t begin = static_cast<int64_t>(part) * plan.tokens_per_part;
   const int64_t end = min(begin + plan.tokens_per_part, static_cast<int64_t>(params.padded_kv));
   if (begin >= end) return;
@@ -350,35 +576,81 @@ __device__ __forceinline__ void MakeValueCodes(const QuantizeParams& params, con
   int first = static_cast<int>(begin);
   Vector<In> x[kPasses];
   tokens.template Load<kValue>(x, first);
-  WaitForStatistics(params, head, kValue);
   const int c = threadIdx.x;
   bool is_bad = false;
+  if constexpr (!kBySlot) {
+    WaitForStatistics(params, head, kValue);
+    if (c < kHeadDim) {
+      const float* channels =
+          params.channels + head * static_cast<int64_t>(kChannelRows * kHeadDim) + c;
+      (&shared.mean[0].x)[c] = __ldcg(channels + kValueMean * kHeadDim);
+      (&shared.down[0].x)[c] = __ldcg(channels + kValueDown * kHeadDim);
+      (&shared.inverse[0].x)[c] = __ldcg(channels + kValueInverse * kHeadDim);
+    }
+  }
   if (c < kHeadDim) {
-    const float* channels =
-        params.channels + head * static_cast<int64_t>(kChannelRows * kHeadDim) + c;
-    (&shared.mean[0].x)[c] = __ldcg(channels + kValueMean * kHeadDim);
-    (&shared.down[0].x)[c] = __ldcg(channels + kValueDown * kHeadDim);
-    (&shared.inverse[0].x)[c] = __ldcg(channels + kValueInverse * kHeadDim);
     is_bad = __ldcg(params.first_bad + head * static_cast<int64_t>(kBadRows * kHeadDim) +
                     kBadValue * kHeadDim + c) != kNever;
   }
   is_bad = __syncthreads_or(is_bad);
+  const auto make = [&] {
+    return params.fp8_value
+               ? ValueCodesOfChunk<true, T>(params, tokens, shared, head, first, x)
+               : ValueCodesOfChunk<false, T>(params, tokens, shared, head, first, x);
+  };
   long long total = 0;
+  if constexpr (kBySlot) {
+    const SlotValues<T> values(params, head);
+    int shared_slot = -1;  // of what is in `shared`, and of the total
+    const auto add_total = [&] {
+      if (c < kHeadDim && shared_slot >= 0) values.AddSum(shared_slot, c, total);
+      total = 0;
+    };
 #pragma unroll 1
-  while (true) {
-    if (is_bad) MakeFinite(x);
-    total += params.fp8_value ? ValueCodesOfChunk<true, T>(params, tokens, shared, head, first, x)
-                              : ValueCodesOfChunk<false, T>(params, tokens, shared, head, first, x);
-    if (end - first <= T::kTokens) break;
-    first += T::kTokens;
-    tokens.template Load<kValue>(x, first);
-    __syncthreads();  // all have read `shared`
-  }
-  if (params.smooth_v && c < kHeadDim) {
-    // Integers: the order of the additions does not show.
-    atomicAdd(reinterpret_cast<unsigned long long*>(params.value_code_sum) +
-                  head * static_cast<int64_t>(kHeadDim) + c,
-              static_cast<unsigned long long>(total));
+    while (true) {
+      const int slot = values.SlotOfChunk(first);  // all have read `shared`
+      if (slot < 0) {
+        if (params.fp8_value) {
+          MixedValueCodesOfChunk<true, T>(params, tokens, shared, head, first, values);
+        } else {
+          MixedValueCodesOfChunk<false, T>(params, tokens, shared, head, first, values);
+        }
+      } else {
+        if (slot != shared_slot) {
+          add_total();
+          shared_slot = slot;
+          if (c < kHeadDim / 2) {
+            const ValuePair pair = values.Load(slot, c);
+            shared.mean[c] = pair.mean;
+            shared.down[c] = pair.down;
+            shared.inverse[c] = pair.inverse;
+          }
+          __syncthreads();
+        }
+        if (is_bad) MakeFinite(x);
+        total += make();
+      }
+      if (end - first <= T::kTokens) break;
+      first += T::kTokens;
+      tokens.template Load<kValue>(x, first);
+    }
+    add_total();
+  } else {
+#pragma unroll 1
+    while (true) {
+      if (is_bad) MakeFinite(x);
+      total += make();
+      if (end - first <= T::kTokens) break;
+      first += T::kTokens;
+      tokens.template Load<kValue>(x, first);
+      __syncthreads();  // all have read `shared`
+    }
+    if (params.smooth_v && c < kHeadDim) {
+      // Integers: the order of the additions does not show.
+      atomicAdd(reinterpret_cast<unsigned long long*>(params.value_code_sum) +
+                    head * static_cast<int64_t>(kHeadDim) + c,
+                static_cast<unsigned long long>(total));
+    }
   }
 }
 

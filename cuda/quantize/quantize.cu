@@ -117,9 +117,7 @@ cudaError_t LaunchFor(const QuantizeParams& params, cudaStream_t stream) {
 
 template <class In>
 cudaError_t LaunchFor(const QuantizeParams& params, cudaStream_t stream) {
-  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  const bool wide = params.head_dim * sizeof(In) % 16 == 0 && aligned(params.query) &&
-                    aligned(params.key) && aligned(params.value);
+  const bool wide = IsWide(params, sizeof(In));
   if (params.seen != nullptr) {
     return wide ? LaunchFor<In, kWide | kSomeSeen>(params, stream)
                 : LaunchFor<In, kSomeSeen>(params, stream);

@@ -9,7 +9,17 @@
 
 namespace jax_sage::quantize {
 
-enum PartialRow : int { kSumK, kBadK, kSumV, kBadV, kMaxV, kMinV };
+enum PartialRow : int {
+  kSumK,
+  kBadK,
+  kSumV,
+  kBadV,
+  kMaxV,
+  kMinV,
+  // With segments:
+  kMaxK = kBadK,
+  kMinK = kBadV,
+};
 
 template <int kHeadDim>
 struct SharedStatistics {
@@ -55,8 +65,12 @@ struct Statistics {
   }
 };
 
+// Which tokens need their extrema too: V's for its scales, K's of a segment for its size.
+template <Tensor kTensor, class T>
+constexpr bool kWithExtrema = kTensor == kValue || T::kIsSorted;
+
 // The same while tokens are added: maxima and minima stay in the type of the input.
-template <Tensor kTensor, class In>
+template <bool kExtrema, class In>
 class RunningStatistics {
  public:
   __device__ __forceinline__ RunningStatistics() {
@@ -72,7 +86,7 @@ class RunningStatistics {
       const float2 pair = ToFloats(vector.pairs[i]);
       sum_[2 * i] += pair.x;
       sum_[2 * i + 1] += pair.y;
-      if (kTensor == kValue) {
+      if (kExtrema) {
         max_[i] = Max(max_[i], vector.pairs[i]);
         min_[i] = Min(min_[i], vector.pairs[i]);
       }
@@ -104,8 +118,8 @@ class RunningStatistics {
 };
 
 // Adds the tokens from `first` on, all passes of a chunk.
-template <Tensor kTensor, class T, class In>
-__device__ __forceinline__ void AddChunk(RunningStatistics<kTensor, In>& statistics,
+template <Tensor kTensor, bool kExtrema, class T, class In>
+__device__ __forceinline__ void AddChunk(RunningStatistics<kExtrema, In>& statistics,
                                          const T& tokens, int first, int end,
                                          const Vector<In> (&x)[kPasses]) {
 #pragma unroll
@@ -116,11 +130,11 @@ __device__ __forceinline__ void AddChunk(RunningStatistics<kTensor, In>& statist
 }
 
 // What is not finite shows in the sums. Rare: then again, with care.
-template <Tensor kTensor, class T, class In>
-__device__ __forceinline__ void Mend(RunningStatistics<kTensor, In>& statistics, const T& tokens,
+template <Tensor kTensor, bool kExtrema, class T, class In>
+__device__ __forceinline__ void Mend(RunningStatistics<kExtrema, In>& statistics, const T& tokens,
                                      int begin, int end, int* bad) {
   if (statistics.IsFinite()) return;
-  statistics = RunningStatistics<kTensor, In>();
+  statistics = RunningStatistics<kExtrema, In>();
 #pragma unroll 1
   for (int first = begin; first < end; first += T::kTokens) {
 #pragma unroll 1
@@ -132,7 +146,8 @@ __device__ __forceinline__ void Mend(RunningStatistics<kTensor, In>& statistics,
       ToFloats(x, vector);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        if (!isfinite(x[i])) atomicMin(&bad[kTensor == kValue ? T::Channel() + i : 0], token);
+        if (isfinite(x[i])) continue;
+        atomicMin(&bad[kTensor == kValue ? T::Channel() + i : 0], tokens.Position(token));
       }
       MakeFinite(vector);
       statistics.Add(vector);
@@ -143,7 +158,7 @@ __device__ __forceinline__ void Mend(RunningStatistics<kTensor, In>& statistics,
 template <Tensor kTensor, class T>
 __device__ __forceinline__ Statistics StatisticsOf(const T& tokens, int begin, int end, int* bad) {
   using In = typename T::Element;
-  RunningStatistics<kTensor, In> statistics;
+  RunningStatistics<kWithExtrema<kTensor, T>, In> statistics;
 #pragma unroll 1
   for (int first = begin; first < end; first += T::kTokens) {
     Vector<In> x[kPasses];
@@ -162,13 +177,13 @@ struct ChannelStatistics {
 };
 
 // Always adds in the same order.
-template <Tensor kTensor, int kHeadDim>
+template <bool kExtrema, int kHeadDim>
 __device__ __forceinline__ ChannelStatistics Combine(SharedStatistics<kHeadDim>& shared,
                                                      const Statistics& of_thread) {
   constexpr int kThreadsPerRow = kHeadDim / kVector;
   const int row = threadIdx.x / kThreadsPerRow, channel = threadIdx.x % kThreadsPerRow * kVector;
   StoreFloats(&shared.sum[row][channel], of_thread.sum);
-  if (kTensor == kValue) {
+  if (kExtrema) {
     StoreFloats(&shared.max[row][channel], of_thread.max);
     StoreFloats(&shared.min[row][channel], of_thread.min);
   }
@@ -179,13 +194,30 @@ __device__ __forceinline__ ChannelStatistics Combine(SharedStatistics<kHeadDim>&
 #pragma unroll 8
     for (int r = 0; r < shared.kRows; ++r) {
       result.sum += shared.sum[r][c];
-      if (kTensor == kValue) {
+      if (kExtrema) {
         result.max = fmaxf(result.max, shared.max[r][c]);
         result.min = fminf(result.min, shared.min[r][c]);
       }
     }
   }
   return result;
+}
+
+// Adds a row of the partial statistics `begin` to `end` - 1, each thread to some of its channels.
+template <int kHeadDim, class Add>
+__device__ __forceinline__ void Gather(const float* partials, int begin, int end, int row,
+                                       Add add) {
+  constexpr int kThreadsPerRow = kHeadDim / kVector;
+  const int channel = threadIdx.x % kThreadsPerRow * kVector;
+#pragma unroll 4
+  for (int part = begin + threadIdx.x / kThreadsPerRow; part < end;
+       part += SharedStatistics<kHeadDim>::kRows) {
+    float x[kVector];
+    LoadFloats(x, partials + part * static_cast<int64_t>(kPartialRows * kHeadDim) +
+                      row * kHeadDim + channel);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) add(i, x[i]);
+  }
 }
 
 // 0 where the mean is too large to be subtracted without overflow.
@@ -200,13 +232,27 @@ __device__ __forceinline__ float KeyMean(const QuantizeParams& params, float per
   return __bfloat162float(__float2bfloat16_rn(mean));
 }
 
+// What is subtracted from V.
+__device__ __forceinline__ float ValueMean(float average) {
+  return __bfloat162float(__float2bfloat16_rn(average));
+}
+// Of V's channel with a scale: whether its absmax was beyond 1, from which the scale is rounded.
+__device__ __forceinline__ float DownscaleOf(float scale) {
+  return scale > 1.0f / kVMax ? kDownscale : 1;
+}
+
+// The largest magnitude after a mean was taken off, exactly: subtraction rounds monotonously.
+__device__ __forceinline__ float AbsmaxFrom(float mean, const ChannelStatistics& all) {
+  return fmaxf(fmaxf(all.max - mean, mean - all.min), kAbsmaxFloor);
+}
+
 struct ValueChannel {
   float average, mean, scale, down, inverse;
   __device__ __forceinline__ ValueChannel(const QuantizeParams& params, float per_token,
                                           const ChannelStatistics& all) {
     average = params.smooth_v ? UsableMean(all.sum, per_token) : 0;
-    mean = __bfloat162float(__float2bfloat16_rn(average));
-    const float absmax = fmaxf(fmaxf(all.max - mean, mean - all.min), kAbsmaxFloor);
+    mean = ValueMean(average);
+    const float absmax = AbsmaxFrom(mean, all);
     scale = absmax * (1.0f / kVMax);
     down = absmax > 1 ? kDownscale : 1;
     inverse = __fdiv_rn(kVMax, absmax * down);
@@ -230,14 +276,7 @@ __device__ __forceinline__ void FinishStatistics(const QuantizeParams& params, c
   const float* partials =
       params.partials + head * (static_cast<int64_t>(params.parts) * (kPartialRows * kHeadDim));
   const auto gather = [&](int row, auto add) {
-#pragma unroll 4
-    for (int part = threadIdx.x / kThreadsPerRow; part < params.parts; part += shared.kRows) {
-      float x[kVector];
-      LoadFloats(x, partials + part * static_cast<int64_t>(kPartialRows * kHeadDim) +
-                        row * kHeadDim + channel);
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) add(i, x[i]);
-    }
+    Gather<kHeadDim>(partials, 0, params.parts, row, add);
   };
   Statistics of_thread;
   gather(kTensor == kKey ? kSumK : kSumV, [&](int i, float x) { of_thread.sum[i] += x; });
@@ -248,7 +287,7 @@ __device__ __forceinline__ void FinishStatistics(const QuantizeParams& params, c
     gather(kMaxV, [&](int i, float x) { of_thread.max[i] = fmaxf(of_thread.max[i], x); });
     gather(kMinV, [&](int i, float x) { of_thread.min[i] = fminf(of_thread.min[i], x); });
   }
-  const ChannelStatistics all = Combine<kTensor>(shared, of_thread);
+  const ChannelStatistics all = Combine<kTensor == kValue>(shared, of_thread);
   if (kTensor == kValue) WaitForStatistics(params, head, kKey);
 
   const int c = threadIdx.x;
@@ -279,8 +318,9 @@ __device__ __forceinline__ void MakeStatistics(const QuantizeParams& params, con
   const int64_t begin = static_cast<int64_t>(part) * plan.tokens_per_part;
   const int64_t end = min(begin + plan.tokens_per_part, static_cast<int64_t>(params.length_kv));
   const ChannelStatistics all =
-      Combine<kTensor>(shared, StatisticsOf<kTensor>(tokens, static_cast<int>(min(begin, end)),
-                                                     static_cast<int>(end), shared.bad));
+      Combine<kTensor == kValue>(
+          shared, StatisticsOf<kTensor>(tokens, static_cast<int>(min(begin, end)),
+                                        static_cast<int>(end), shared.bad));
 
   const int c = threadIdx.x;
   const int64_t index = head * static_cast<int64_t>(params.parts) + part;

@@ -9,6 +9,8 @@
 #include <limits>
 #include <type_traits>
 
+#include "quantize/quantize.h"
+
 namespace jax_sage::quantize {
 
 constexpr int kThreads = 256;
@@ -106,8 +108,16 @@ __device__ __forceinline__ void MakeFinite(Vector<In> (&x)[kPasses]) {
   for (int pass = 0; pass < kPasses; ++pass) MakeFinite(x[pass]);
 }
 
-// How tokens are read. kWide: all are aligned to 16 bytes. kSomeSeen: some may not count.
-enum Access : int { kWide = 1, kSomeSeen = 2 };
+// How tokens are read. kWide: all are aligned to 16 bytes. kSomeSeen: some may not count. kSorted:
+// they are numbered by their place in an order.
+enum Access : int { kWide = 1, kSomeSeen = 2, kSorted = 4 };
+
+// Whether all tokens are aligned to 16 bytes.
+inline bool IsWide(const QuantizeParams& params, size_t element) {
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  return params.head_dim * element % 16 == 0 && aligned(params.query) && aligned(params.key) &&
+         aligned(params.value);
+}
 
 // The tokens of one head of Q, K or V, and how the threads of a CTA cover them: `kRows` tokens at
 // once, `kTokens` in all passes.
@@ -117,9 +127,11 @@ struct Tokens {
   static constexpr int kThreadsPerRow = kHeadDim / kVector;
   static constexpr int kRows = kThreads / kThreadsPerRow;
   static constexpr int kTokens = kRows * kPasses;
+  static constexpr bool kIsSorted = (kAccess & kSorted) != 0;
 
   const In* data;
   const uint8_t* seen;  // by token with kSomeSeen; null: all
+  const int32_t* order = nullptr;  // by place with kSorted
   int64_t stride;
   int length;
   int head_dim;
@@ -137,18 +149,25 @@ struct Tokens {
     data += head / heads * (length * stride) + head % heads * head_dim;
   }
 
+  // Where in the tensor a token is.
+  __device__ __forceinline__ int Position(int token) const {
+    if constexpr (kIsSorted) return __ldg(order + token);
+    return token;
+  }
+
   // Whether the token counts: it is one, and a query sees it.
   __device__ __forceinline__ bool Counts(int token) const {
     if (token >= length) return false;
     if constexpr ((kAccess & kSomeSeen) == 0) return true;
-    return seen == nullptr || __ldg(seen + token) != 0;
+    return seen == nullptr || __ldg(seen + Position(token)) != 0;
   }
 
   // Zeros for tokens that do not count, and past the last channel.
   __device__ __forceinline__ Vector<In> Load(int token) const {
     Vector<In> vector;
-    const In* row = data + token * stride + Channel();
     const bool counts = Counts(token);
+    if constexpr (kIsSorted) token = counts ? Position(token) : 0;
+    const In* row = data + token * stride + Channel();
     constexpr bool kIsWide = (kAccess & kWide) != 0;
     constexpr int kPerLoad = kIsWide ? 16 / sizeof(In) : 1;
     using Loaded = std::conditional_t<kIsWide, uint4, In>;

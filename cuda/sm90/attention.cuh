@@ -355,7 +355,7 @@ __device__ __forceinline__ void ProduceTable(const AttentionParams& params, Work
                                              Barriers<T> barriers) {
   for (unsigned turn = 0; work.Any(turn); ++turn) {
     ptx::BarrierWait(barriers.TableEmpty(), ~turn & 1);
-    PrepareOutput(table, params, work.Find(params, turn), thread, 64);
+    PrepareOutput<T::kMasked>(table, params, work.Find(params, turn), thread, 64);
     ptx::BarrierArrive(barriers.TableFull());
   }
 }
@@ -574,8 +574,8 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
     ptx::BarrierWait(barriers.TableFull(), turn & 1);
     if (group_row < params.length_q) {
       const int first_row = table.first_query + warpgroup * kRows + 16 * warp;
-      FinishRows<T::kHeadDim>(params, table, first_row + lane / 4, lane, o, scores.max, scores.sum,
-                              row_sum);
+      FinishRows<T::kMasked>(params, table, first_row + lane / 4, lane, o, scores.max, scores.sum,
+                             row_sum);
       WithOutputType(params.out_type, [&](auto type) {
         StoreTile<decltype(type)>(params, table, first_row, lane, output, o);
       });
