@@ -232,9 +232,11 @@ __device__ __forceinline__ void MakeQueryCodes(const Params& params, int head, i
 
 template <int kHeadDim>
 struct SharedKey {
-  static constexpr int kRowPairs = kThreads * kVector / kHeadDim / 2;
-  static constexpr int kBlocks = kThreads * kVector * kPasses / kHeadDim / kBlockKv;
-  float absmax[kBlocks][kRowPairs];
+  static constexpr int kRows = kThreads<kHeadDim> * kVector / kHeadDim;
+  static constexpr int kBlocks = kRows * kPasses / kBlockKv;
+  // The rows of a pair have a scale in common: they are neighbours in a warp, or in two.
+  static constexpr int kRowsOfWarp = kHeadDim <= 128 ? 2 : 1;
+  float absmax[kBlocks][kRows / kRowsOfWarp];
 };
 
 // A chunk of K: codes, and four scales for each 64 keys. Synchronizes once.
@@ -245,7 +247,7 @@ __device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params,
                                                 const Vector<typename T::Element> (&x)[kPasses],
                                                 Means& means) {
   constexpr int kPassesPerBlock = kBlockKv / T::kRows;
-  // The rows of a pair have a scale in common, and are neighbours in a warp.
+  constexpr int kRowsOfWarp = shared.kRowsOfWarp;
   const int pair = T::Row() / 2, scale_class = pair % kKeyScales;
 #pragma unroll
   for (int block = 0; block < shared.kBlocks; ++block) {
@@ -264,8 +266,10 @@ __device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params,
         absmax = fmaxf(absmax, row_absmax);
       }
     }
-    absmax = MaxAcross<2 * T::kThreadsPerRow>(absmax);
-    if (threadIdx.x % (2 * T::kThreadsPerRow) == 0) shared.absmax[block][pair] = absmax;
+    absmax = MaxAcross<kRowsOfWarp * T::kThreadsPerRow>(absmax);
+    if (threadIdx.x % (kRowsOfWarp * T::kThreadsPerRow) == 0) {
+      shared.absmax[block][T::Row() / kRowsOfWarp] = absmax;
+    }
   }
   __syncthreads();
 #pragma unroll
@@ -274,8 +278,11 @@ __device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params,
     if (first_of_block >= params.padded_kv) break;
     float absmax = kAbsmaxFloor;
 #pragma unroll
-    for (int p = 0; p < shared.kRowPairs; p += kKeyScales) {
-      absmax = fmaxf(absmax, shared.absmax[block][p + scale_class]);
+    for (int row = 0; row < shared.kRows; row += 2 * kKeyScales) {
+#pragma unroll
+      for (int i = 0; i < 2; i += kRowsOfWarp) {
+        absmax = fmaxf(absmax, shared.absmax[block][(row + 2 * scale_class + i) / kRowsOfWarp]);
+      }
     }
     const float inverse = __fdiv_rn(kInt8Max, absmax);
 #pragma unroll
@@ -334,9 +341,9 @@ __device__ __forceinline__ void MakeKeyCodes(const Params& params, const Plan& p
 
 template <int kHeadDim>
 struct SharedValue {
-  static constexpr int kQuads = kThreads * kVector / kHeadDim;  // one for each row of threads
+  static constexpr int kQuads = kThreads<kHeadDim> * kVector / kHeadDim;  // one a row of threads
   alignas(16) uint32_t transposed[(kHeadDim + 1) * kQuads];
-  int2 sums[kWarps][kHeadDim / 2];
+  int2 sums[kWarps<kHeadDim>][kHeadDim / 2];
   float2 mean[kHeadDim / 2];
   float2 down[kHeadDim / 2];
   float2 inverse[kHeadDim / 2];
@@ -362,13 +369,16 @@ __device__ __forceinline__ void StoreTransposed(const QuantizeParams& params,
   uint8_t* out = static_cast<uint8_t*>(params.v) +
                  head * static_cast<int64_t>(kHeadDim) * params.padded_kv + first;
 #pragma unroll
-  for (int i = threadIdx.x; i < kHeadDim * (kQuads / 4); i += kThreads) {
+  for (int i = threadIdx.x; i < kHeadDim * (kQuads / 4); i += kThreads<kHeadDim>) {
     const int row = i / (kQuads / 4), sixteen = i % (kQuads / 4);
     const int row_exchange = row / kVector * kExchange<T>;
     uint4 words = *reinterpret_cast<const uint4*>(
         &shared.transposed[row * kQuads + (4 * sixteen ^ (row_exchange & ~3))]);
-    static_assert(kExchange<T> % 2 == 0 && kQuads >= 16);
+    static_assert(kQuads >= 16);
     if (row_exchange & 2) words = make_uint4(words.z, words.w, words.x, words.y);
+    if (kExchange<T> % 2 != 0 && row_exchange & 1) {
+      words = make_uint4(words.y, words.x, words.w, words.z);
+    }
     if (first + 16 * sixteen < params.padded_kv) {
       *reinterpret_cast<uint4*>(out + row * static_cast<int64_t>(params.padded_kv) +
                                 16 * sixteen) = words;
@@ -446,7 +456,7 @@ __device__ __forceinline__ long long ValueCodesOfChunk(
   long long total = 0;
   if (threadIdx.x < kHeadDim) {
 #pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) total += (&shared.sums[warp][0].x)[threadIdx.x];
+    for (int warp = 0; warp < kWarps<kHeadDim>; ++warp) total += (&shared.sums[warp][0].x)[threadIdx.x];
   }
   return total;
 }

@@ -58,8 +58,10 @@ __device__ __forceinline__ const int32_t* SortedIds(const SegmentedParams& param
   return params.sorted_ids + head / params.kv_heads * params.key_id_stride;
 }
 
-__global__ void __launch_bounds__(kThreads) FindSlots(const SegmentedParams params) {
-  int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x;
+constexpr int kSlotThreads = 256;
+
+__global__ void __launch_bounds__(kSlotThreads) FindSlots(const SegmentedParams params) {
+  int64_t i = blockIdx.x * int64_t{kSlotThreads} + threadIdx.x;
   const int64_t keys = params.batch * params.length_kv;
   if (i < keys) {
     const int64_t batch = i / params.length_kv;
@@ -87,10 +89,11 @@ __global__ void __launch_bounds__(kThreads) FindSlots(const SegmentedParams para
 template <int kHeadDim>
 struct SharedPart {
   SharedStatistics<kHeadDim> statistics;
-  float warp_max[kWarps];
+  float warp_max[kWarps<kHeadDim>];
 };
 
 // Of numbers that are not negative. Synchronizes once.
+template <int kWarps>
 __device__ __forceinline__ float MaxOfCta(float x, float (&warp_max)[kWarps]) {
   x = MaxAcross<32>(x);
   if (threadIdx.x % 32 == 0) warp_max[threadIdx.x / 32] = x;
@@ -171,7 +174,7 @@ __device__ __forceinline__ void MakePart(const SegmentedParams& params, const Pl
     tokens.length = next;  // nothing is loaded of those behind
     int count = 0;
 #pragma unroll 1
-    for (int i = run; i < next; i += kThreads) {  // all have read `shared`
+    for (int i = run; i < next; i += kThreads<kHeadDim>) {  // all have read `shared`
       count += __syncthreads_count(tokens.Counts(i + threadIdx.x));
     }
     const ChannelStatistics all =
@@ -210,7 +213,7 @@ __device__ __forceinline__ void JoinPieces(const SegmentedParams& params, const 
   // The parts that follow and begin with a key of the segment.
   int last = part;
 #pragma unroll 1
-  for (int first = part + 1; first < params.parts; first += kThreads) {
+  for (int first = part + 1; first < params.parts; first += kThreads<kHeadDim>) {
     const int64_t start = static_cast<int64_t>(first + threadIdx.x) * plan.tokens_per_part;
     last += __syncthreads_count(start < params.length_kv && __ldg(ids + start) == id);
   }
@@ -236,15 +239,16 @@ __device__ __forceinline__ void JoinPieces(const SegmentedParams& params, const 
 }
 
 // As many as the registers allow.
-template <class In, int kAccess>
-constexpr int kCtasPerSm = (sizeof(In) == 4 ? 1 : 2) + (kAccess & kWide);
+template <class In, int kAccess, int kHeadDim>
+constexpr int kCtasPerSm =
+    kHeadDim <= 128 ? (sizeof(In) == 4 ? 1 : 2) + (kAccess & kWide) : 1;
 static_assert(kWide == 1);
 
 enum Pass { kMakeParts, kJoinPieces };
 
 // A CTA for each part of K or V of a head.
 template <Pass kPass, class In, int kAccess, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, kCtasPerSm<In, kAccess>)
+__global__ void __launch_bounds__(kThreads<kHeadDim>, kCtasPerSm<In, kAccess, kHeadDim>)
     SegmentStatistics(const SegmentedParams params, const Plan plan) {
   __shared__ SharedPart<kHeadDim> shared;
   const int unit = blockIdx.x / params.parts, part = blockIdx.x % params.parts;
@@ -271,7 +275,7 @@ union SharedCodes {
 };
 
 template <class In, int kAccess, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, kCtasPerSm<In, kAccess>)
+__global__ void __launch_bounds__(kThreads<kHeadDim>, kCtasPerSm<In, kAccess, kHeadDim>)
     SegmentCodes(const SegmentedParams params, const Plan plan) {
   __shared__ SharedCodes<kHeadDim> shared;
   // From the last to the first: of what the statistics have read last, some is still in L2.
@@ -291,23 +295,24 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm<In, kAccess>)
   }
 }
 
-// A CTA goes over kThreads places of a head's sorted keys.
+// A CTA goes over as many places of a head's sorted keys as it has threads.
 template <int kHeadDim>
-__global__ void __launch_bounds__(kThreads) FinishOffsets(const SegmentedParams params) {
-  __shared__ uint32_t begins[kWarps];
-  const int groups = (params.length_kv + kThreads - 1) / kThreads;
+__global__ void __launch_bounds__(kThreads<kHeadDim>) FinishOffsets(const SegmentedParams params) {
+  constexpr int kPlaces = kThreads<kHeadDim>;
+  __shared__ uint32_t begins[kPlaces / 32];
+  const int groups = (params.length_kv + kPlaces - 1) / kPlaces;
   const int head = blockIdx.x / groups;
-  const int first = blockIdx.x % groups * kThreads;
+  const int first = blockIdx.x % groups * kPlaces;
   const int place = first + threadIdx.x;
   const bool begins_here = place < params.length_kv && BeginsAt(SortedIds(params, head), place);
   const uint32_t of_warp = __ballot_sync(kAllLanes, begins_here);
   if (threadIdx.x % 32 == 0) begins[threadIdx.x / 32] = of_warp;
   if (!__syncthreads_or(begins_here)) return;
-  constexpr int kAtOnce = kThreads / kHeadDim;
+  constexpr int kAtOnce = kPlaces / kHeadDim;
   const int c = threadIdx.x % kHeadDim;
   if (threadIdx.x / kHeadDim >= kAtOnce) return;
 #pragma unroll 1
-  for (int i = threadIdx.x / kHeadDim; i < kThreads; i += kAtOnce) {
+  for (int i = threadIdx.x / kHeadDim; i < kPlaces; i += kAtOnce) {
     if ((begins[i / 32] >> i % 32 & 1) == 0) continue;
     const int64_t slot = head * static_cast<int64_t>(params.length_kv) + first + i;
     float* channels = params.slot_channels + slot * (kSlotRows * kHeadDim) + c;
@@ -330,9 +335,9 @@ cudaError_t LaunchSegments(const SegmentedParams& params, cudaStream_t stream) {
   const int64_t items = units * params.parts;
   const int64_t query_items = params.batch * params.heads * ceil_div(params.padded_q, kTokens);
   const int64_t tokens = params.batch * (static_cast<int64_t>(params.length_kv) + params.padded_q);
-  const int64_t slot_blocks = ceil_div(tokens + units * kHeadDim, kThreads);
+  const int64_t slot_blocks = ceil_div(tokens + units * kHeadDim, kSlotThreads);
   static_assert(kBadRows == 2, "of a unit K and V");
-  const int64_t offset_blocks = units / 2 * ceil_div(params.length_kv, kThreads);
+  const int64_t offset_blocks = units / 2 * ceil_div(params.length_kv, kThreads<kHeadDim>);
   if (std::max({items + query_items, slot_blocks, offset_blocks}) > INT32_MAX) {
     return cudaErrorInvalidConfiguration;
   }
@@ -342,29 +347,31 @@ cudaError_t LaunchSegments(const SegmentedParams& params, cudaStream_t stream) {
       static_cast<int>(ceil_div(ceil_div(params.length_kv, params.parts), kTokens) * kTokens);
 
   const auto blocks = [](int64_t count) { return static_cast<unsigned>(count); };
-  FindSlots<<<blocks(slot_blocks), kThreads, 0, stream>>>(params);
+  FindSlots<<<blocks(slot_blocks), kSlotThreads, 0, stream>>>(params);
   SegmentStatistics<kMakeParts, In, kAccess, kHeadDim>
-      <<<blocks(items), kThreads, 0, stream>>>(params, plan);
+      <<<blocks(items), kThreads<kHeadDim>, 0, stream>>>(params, plan);
   SegmentStatistics<kJoinPieces, In, kAccess, kHeadDim>
-      <<<blocks(items), kThreads, 0, stream>>>(params, plan);
+      <<<blocks(items), kThreads<kHeadDim>, 0, stream>>>(params, plan);
   SegmentCodes<In, kAccess, kHeadDim>
-      <<<blocks(items + query_items), kThreads, 0, stream>>>(params, plan);
+      <<<blocks(items + query_items), kThreads<kHeadDim>, 0, stream>>>(params, plan);
   if (params.smooth_v) {
-    FinishOffsets<kHeadDim><<<blocks(offset_blocks), kThreads, 0, stream>>>(params);
+    FinishOffsets<kHeadDim><<<blocks(offset_blocks), kThreads<kHeadDim>, 0, stream>>>(params);
   }
   return cudaGetLastError();
+}
+
+template <class In, int kAccess>
+cudaError_t LaunchSegmentsFor(const SegmentedParams& params, cudaStream_t stream) {
+  if (params.padded_head_dim == 64) return LaunchSegments<In, kAccess, 64>(params, stream);
+  if (params.padded_head_dim == 128) return LaunchSegments<In, kAccess, 128>(params, stream);
+  return LaunchSegments<In, kAccess, 256>(params, stream);
 }
 
 template <class In>
 cudaError_t LaunchSegmentsFor(const SegmentedParams& params, cudaStream_t stream) {
   // Whether keys are seen is always given.
-  const bool is_small = params.padded_head_dim == 64;
-  if (IsWide(params, sizeof(In))) {
-    return is_small ? LaunchSegments<In, kWide | kSomeSeen, 64>(params, stream)
-                    : LaunchSegments<In, kWide | kSomeSeen, 128>(params, stream);
-  }
-  return is_small ? LaunchSegments<In, kSomeSeen, 64>(params, stream)
-                  : LaunchSegments<In, kSomeSeen, 128>(params, stream);
+  return IsWide(params, sizeof(In)) ? LaunchSegmentsFor<In, kWide | kSomeSeen>(params, stream)
+                                    : LaunchSegmentsFor<In, kSomeSeen>(params, stream);
 }
 
 }  // namespace quantize

@@ -23,10 +23,10 @@ enum PartialRow : int {
 
 template <int kHeadDim>
 struct SharedStatistics {
-  static constexpr int kRows = kThreads * kVector / kHeadDim;
-  alignas(16) float sum[kRows][kHeadDim];
-  alignas(16) float max[kRows][kHeadDim];
-  alignas(16) float min[kRows][kHeadDim];
+  static constexpr int kRows = kThreads<kHeadDim> * kVector / kHeadDim;
+  // Sums, maxima and minima: side by side, or by turns where there is no room.
+  static constexpr int kAtOnce = kHeadDim <= 128 ? 3 : 1;
+  alignas(16) float x[kAtOnce][kRows][kHeadDim];
   int bad[kHeadDim];  // a key that is not finite counts in all channels, and is kept in the first
   bool is_last;
 };
@@ -182,21 +182,28 @@ __device__ __forceinline__ ChannelStatistics Combine(SharedStatistics<kHeadDim>&
                                                      const Statistics& of_thread) {
   constexpr int kThreadsPerRow = kHeadDim / kVector;
   const int row = threadIdx.x / kThreadsPerRow, channel = threadIdx.x % kThreadsPerRow * kVector;
-  StoreFloats(&shared.sum[row][channel], of_thread.sum);
-  if (kExtrema) {
-    StoreFloats(&shared.max[row][channel], of_thread.max);
-    StoreFloats(&shared.min[row][channel], of_thread.min);
-  }
-  __syncthreads();
+  constexpr int kKinds = kExtrema ? 3 : 1, kAtOnce = shared.kAtOnce;
   ChannelStatistics result;
   const int c = threadIdx.x;
-  if (c < kHeadDim) {
+#pragma unroll
+  for (int first = 0; first < kKinds; first += kAtOnce) {
+    if (first > 0) __syncthreads();  // all have read
+#pragma unroll
+    for (int kind = first; kind < kKinds && kind < first + kAtOnce; ++kind) {
+      StoreFloats(&shared.x[kind - first][row][channel], kind == 0   ? of_thread.sum
+                                                         : kind == 1 ? of_thread.max
+                                                                     : of_thread.min);
+    }
+    __syncthreads();
+    if (c >= kHeadDim) continue;
 #pragma unroll 8
     for (int r = 0; r < shared.kRows; ++r) {
-      result.sum += shared.sum[r][c];
-      if (kExtrema) {
-        result.max = fmaxf(result.max, shared.max[r][c]);
-        result.min = fminf(result.min, shared.min[r][c]);
+#pragma unroll
+      for (int kind = first; kind < kKinds && kind < first + kAtOnce; ++kind) {
+        const float x = shared.x[kind - first][r][c];
+        if (kind == 0) result.sum += x;
+        if (kind == 1) result.max = fmaxf(result.max, x);
+        if (kind == 2) result.min = fminf(result.min, x);
       }
     }
   }

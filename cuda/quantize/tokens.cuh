@@ -13,8 +13,11 @@
 
 namespace jax_sage::quantize {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
+// Of a CTA: those of 16 tokens at least.
+template <int kHeadDim>
+constexpr int kThreads = kHeadDim <= 128 ? 256 : 512;
+template <int kHeadDim>
+constexpr int kWarps = kThreads<kHeadDim> / 32;
 constexpr int kVector = 8;  // channels of a thread
 constexpr int kPasses = 4;  // tokens of a thread: all loaded before the first is used
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
@@ -125,7 +128,7 @@ template <class In, int kAccess, int kHeadDim>
 struct Tokens {
   using Element = In;
   static constexpr int kThreadsPerRow = kHeadDim / kVector;
-  static constexpr int kRows = kThreads / kThreadsPerRow;
+  static constexpr int kRows = kThreads<kHeadDim> / kThreadsPerRow;
   static constexpr int kTokens = kRows * kPasses;
   static constexpr bool kIsSorted = (kAccess & kSorted) != 0;
 
