@@ -359,7 +359,6 @@ def assert_segments_are_as_in_portable(raw, q, k, v, recipe, query_ids, key_ids,
     firsts = (key_ids[:, None] < query_ids[:, :, None]).sum(-1)
     has_keys = (key_ids[:, None] == query_ids[:, :, None]).any(-1)
     np.testing.assert_array_equal(slots[:, :length_q], np.where(has_keys, firsts, -1))
-    finite = np.isfinite(v).all() and np.isfinite(k).all()
     largest = np.abs(v[np.isfinite(v)]).max()
     for b in range(batch):
         _, where = np.unique(key_ids[b], return_index=True)
@@ -385,7 +384,6 @@ def assert_segments_are_as_in_portable(raw, q, k, v, recipe, query_ids, key_ids,
     bad = (~(np.isfinite(k) & np.isfinite(v)) & counted).any(-1)  # [B, S, K]
     first = np.where(bad.any(1), bad.argmax(1), np.iinfo(np.int32).max)
     np.testing.assert_array_equal(first_bad.min((-1, -2)), first)
-    assert finite == (first == np.iinfo(np.int32).max).all() or not seen.all()
 
 
 SEGMENTS = {
@@ -438,7 +436,7 @@ def test_segments_of_any_dtype_and_head_dim(name, head_dim, dtype):
 
 
 def test_segments_with_keys_that_are_constant_and_large():
-    """What is left of them is nothing, and their size the smallest: keys that do not count stay 0."""
+    """Their size is the smallest: what does not count in them is still nothing."""
     q, k, v = inputs("normal", (1, 10, 1, 64), (1, 700, 1, 64))
     k[:, :350] = v[:, :350] = 2.0**40
     seen = np.ones((1, 1, 700), bool)
