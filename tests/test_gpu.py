@@ -19,9 +19,9 @@ from mask_suite import MaskSuite
 from suite import BOTH_MASKS, MORE_RECIPES, NAMED, AttentionSuite, attention, check, pv_of
 
 import jax_sage
-from jax_sage import kernels, lowering_cuda, portable, quantization
+from jax_sage import kernels, lowering_cuda, mask_operands, portable, quantization
 from jax_sage.arguments import prepare
-from jax_sage.masking import Band, Masks
+from jax_sage.masking import Band, Masks, Segments
 from jax_sage.recipe import BLOCK_KV, RECIPES, resolve
 
 pytestmark = pytest.mark.gpu
@@ -315,6 +315,169 @@ def test_means_hide_the_order_of_their_sum(dtype):
     assert same.mean() > 0.98
     np.testing.assert_array_equal(actual["q"], expected["q"])
     np.testing.assert_array_equal(actual["q_scale"], expected["q_scale"])
+
+
+def segments_by_kernels(q, k, v, recipe, query_ids, key_ids, seen):
+    """The nine results of the quantization with segments, [B, ...]."""
+
+    def run(q, k, v, query_ids, key_ids, seen):
+        masks = Masks(query_segment_ids=query_ids, key_value_segment_ids=key_ids)
+        padded_q = -(-q.shape[-3] // lowering_cuda.BLOCK_Q) * lowering_cuda.BLOCK_Q
+        return lowering_cuda.quantize(
+            q,
+            k,
+            v,
+            scale_log2=scale_log2(q),
+            recipe=recipe,
+            seen=(seen.astype(jnp.uint8),),
+            segments=mask_operands.sorted_segments(masks, q.shape[:-3], padded_q, k.shape[-3]),
+        )
+
+    return [np.asarray(x) for x in jax.jit(run)(q, k, v, query_ids, key_ids, seen)]
+
+
+def assert_segments_are_as_in_portable(raw, q, k, v, recipe, query_ids, key_ids, seen):
+    """Codes and scales to the bit; ids and `seen` may be of one batch entry for all."""
+    batch, length_q, heads, head_dim = q.shape
+    length_kv, kv_heads = k.shape[-3:-1]
+    query_ids, key_ids = (np.broadcast_to(x, (batch, x.shape[-1])) for x in (query_ids, key_ids))
+    seen = np.broadcast_to(seen, (batch, kv_heads, length_kv))
+
+    def portable_codes(q, k, v, query_ids, key_ids, seen):
+        segments = Segments.find(query_ids, key_ids)
+        params = {"scale_log2": scale_log2(q), "recipe": recipe}
+        return quantization.quantize(q, k, v, **params, seen=seen, segments=segments), segments
+
+    expected, segments = on_cpu(jax.jit(portable_codes), q, k, v, query_ids, key_ids, seen)
+    expected = {name: np.asarray(x) for name, x in expected._asdict().items()}
+    q_codes, q_scale, q_dot_mean, k_codes, k_scale, v_codes, channels, first_bad, slots = raw
+    v_codes = v_codes.astype(np.float32)
+    if recipe.pv == "fp8":
+        positions = [permuted(key) for key in range(v_codes.shape[-1])]
+        v_codes = np.swapaxes(v_codes[..., positions], -1, -2)
+    for codes, length in ((q_codes, length_q), (k_codes, length_kv), (v_codes, length_kv)):
+        assert not codes[..., length:, :].any()
+        assert not codes[..., head_dim:].any()
+    np.testing.assert_array_equal(q_codes[..., :length_q, :head_dim], expected["q"])
+    np.testing.assert_array_equal(k_scale, expected["k_scale"])
+    np.testing.assert_array_equal(k_codes[..., :head_dim], expected["k"])
+    np.testing.assert_array_equal(v_codes[..., :head_dim], expected["v"].astype(np.float32))
+
+    # Slots: the first of each id among the sorted keys.
+    firsts = (key_ids[:, None] < query_ids[:, :, None]).sum(-1)
+    has_keys = (key_ids[:, None] == query_ids[:, :, None]).any(-1)
+    np.testing.assert_array_equal(slots[:, :length_q], np.where(has_keys, firsts, -1))
+    largest = np.abs(v[np.isfinite(v)]).max()
+    for b in range(batch):
+        _, where = np.unique(key_ids[b], return_index=True)
+        own = channels[b][:, (key_ids[b] < key_ids[b, where][:, None]).sum(-1), :, :head_dim]
+        entries = np.asarray(segments.key_index)[b, where]
+        np.testing.assert_array_equal(own[..., 0, :], expected["v_scale"][b][:, entries])
+        # As in test_codes_are_bitwise_equal.
+        np.testing.assert_allclose(
+            own[..., 1, :], expected["v_offset"][b][:, entries], rtol=0, atol=2.0**-20 * largest
+        )
+    rows = np.broadcast_to(has_keys[:, None], (batch, heads, length_q))
+    np.testing.assert_array_equal(q_scale[..., :length_q][rows], expected["q_scale"][rows])
+    rows = rows & np.isfinite(expected["q_scale"])
+    # 128 products in another order, with means up to the largest key.
+    k_max = np.abs(k[np.isfinite(k)]).max()
+    np.testing.assert_allclose(
+        q_dot_mean[..., :length_q][rows],
+        expected["q_dot_mean"][rows],
+        rtol=2.0**-18,
+        atol=2.0**-20 * head_dim * k_max * np.abs(q[np.isfinite(q)]).max(),
+    )
+    counted = np.moveaxis(seen, 1, 2)[..., None]
+    bad = (~(np.isfinite(k) & np.isfinite(v)) & counted).any(-1)  # [B, S, K]
+    first = np.where(bad.any(1), bad.argmax(1), np.iinfo(np.int32).max)
+    np.testing.assert_array_equal(first_bad.min((-1, -2)), first)
+
+
+SEGMENTS = {
+    # Ids of `length` tokens: of keys, and of queries some more.
+    "one": lambda rng, length: np.full(length, 7),
+    "sorted": lambda rng, length: np.arange(length) * 5 // length,
+    "falling": lambda rng, length: -(np.arange(length) * 3 // length),
+    "by turns": lambda rng, length: np.arange(length) % 3,
+    "random": lambda rng, length: rng.choice([5, -(2**31), 2**31 - 1, 0], length),
+    "small": lambda rng, length: rng.permutation(length) // 3,
+    "each alone": lambda rng, length: rng.permutation(length),
+}
+
+
+def segments_case(name, lengths, *, alike=False):
+    """Ids of queries and keys, [B, ...] or [1, ...], and which keys are seen."""
+    rng = np.random.default_rng(0)
+    batch = 1 if alike else 2
+    query_ids, key_ids = (
+        np.stack([SEGMENTS[name](rng, n) for _ in range(batch)]).astype(np.int32) for n in lengths
+    )
+    query_ids[:, ::7] += 1
+    return query_ids, key_ids
+
+
+@pytest.mark.parametrize("name", SEGMENTS)
+@EACH_RECIPE
+def test_segments_are_bitwise_equal(recipe, name):
+    q, k, v = inputs("outlier", (2, 200, 4, 80), (2, 1300, 2, 80))
+    seen = np.random.default_rng(1).random((2, 2, 1300)) < 0.9
+    ids = segments_case(name, (200, 1300))
+    raw = segments_by_kernels(q, k, v, recipe, *ids, seen)
+    assert_segments_are_as_in_portable(raw, q, k, v, recipe, *ids, seen)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("head_dim", [3, 64, 127, 128])
+@pytest.mark.parametrize("name", ["sorted", "random"])
+def test_segments_of_any_dtype_and_head_dim(name, head_dim, dtype):
+    """With values that are not finite, and ids that are alike for all batch entries."""
+    q, k, v = inputs("normal", (2, 150, 2, head_dim), (2, 1100, 2, head_dim), dtype)
+    k[0, 70, 1, 0], k[1, 1099, 0, 2], v[1, 900, 0, 2] = np.nan, -np.inf, np.inf
+    q[1, 3, 1, 1] = np.nan
+    seen = np.ones((1, 1, 1100), bool)
+    seen[..., 300:333] = False
+    ids = segments_case(name, (150, 1100), alike=True)
+    recipe = RECIPES["8+8"]
+    raw = segments_by_kernels(q, k, v, recipe, *ids, seen)
+    assert_segments_are_as_in_portable(raw, q, k, v, recipe, *ids, seen)
+
+
+def test_segments_with_keys_that_are_constant_and_large():
+    """Their size is the smallest: what does not count in them is still nothing."""
+    q, k, v = inputs("normal", (1, 10, 1, 64), (1, 700, 1, 64))
+    k[:, :350] = v[:, :350] = 2.0**40
+    seen = np.ones((1, 1, 700), bool)
+    seen[..., 100:120] = seen[..., 340:360] = False
+    ids = np.zeros((1, 10), np.int32), (np.arange(700)[None] // 350).astype(np.int32)
+    raw = segments_by_kernels(q, k, v, RECIPES["8+8"], *ids, seen)
+    assert_segments_are_as_in_portable(raw, q, k, v, RECIPES["8+8"], *ids, seen)
+
+
+@pytest.mark.parametrize("name", SEGMENTS)
+@pytest.mark.parametrize("recipe", NAMED)
+def test_segments_in_the_outputs(recipe, name, mma_sync):
+    """Rows of several segments in a tile, queries without keys, more tiles than SMs."""
+    q, k, v = inputs("normal", (2, 700, 24, 64), (2, 700, 8, 64), "bfloat16")
+    ids = segments_case(name, (700, 700))
+    masks = Masks(query_segment_ids=ids[0], key_value_segment_ids=ids[1])
+    params = {"scale_log2": scale_log2(q), "band": Band(), "recipe": RECIPES[recipe]}
+    run = jitted(lowering_cuda.attention, **params, exact_lse=True, mma_sync=mma_sync)
+    out, lse = (np.asarray(x) for x in run(q, k, v, masks))
+    other, other_lse = (
+        np.asarray(x) for x in on_cpu(jitted(portable.attention, **params), q, k, v, masks)
+    )
+    np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(other_lse))
+    blind = np.isneginf(lse)
+    assert not out[blind].any()
+    np.testing.assert_allclose(lse[~blind], other_lse[~blind], rtol=2.0**-14, atol=2.0**-14)
+    # As assert_near_portable has it, but for bfloat16, in which out is rounded.
+    difference = np.abs(out.astype(np.float64) - other.astype(np.float64))
+    assert difference.mean() <= 2.0**-8 * np.abs(other.astype(np.float64)).mean()
+    assert difference.max() <= 2.0**-3 * np.abs(v.astype(np.float64)).max()
+    again = run(q, k, v, masks)
+    for x, y in zip(again, (out, lse), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), y)
 
 
 # Sizes.
