@@ -428,7 +428,7 @@ def test_segments_are_bitwise_equal(recipe, name):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("head_dim", [3, 64, 127, 128])
+@pytest.mark.parametrize("head_dim", [3, 64, 127, 128, 200])
 @pytest.mark.parametrize("name", ["sorted", "random"])
 def test_segments_of_any_dtype_and_head_dim(name, head_dim, dtype):
     """With values that are not finite, and ids that are alike for all batch entries."""
