@@ -19,9 +19,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from jax_sage.masking import Masks, View
+from jax_sage.masking import Masks, View, sort_ids
 
 GROUP = 64  # queries that are planned together
 TILE = 128  # keys that are planned together
@@ -64,14 +63,12 @@ def sorted_segments(
 ) -> tuple[jax.Array, ...]:
     """For quantization: ids of the queries, [B, Tp]; of the keys, sorted, [B, S]; whose they are.
 
-    The sort is stable: sums of a segment are always in the order of its keys.
+    Equal ids are in the order of the keys, and so are the sums of a segment.
     """
     assert masks.query_segment_ids is not None and masks.key_value_segment_ids is not None
     ids = flat_batch(masks.key_value_segment_ids, batch)
     ids = jnp.broadcast_to(ids, (ids.shape[0], length_kv))
-    places = lax.broadcasted_iota(jnp.int32, ids.shape, 1)
-    sorted_ids, order = lax.sort((ids, places), dimension=1, is_stable=True, num_keys=1)
-    return _pad_by_last(flat_batch(masks.query_segment_ids, batch), padded_q), sorted_ids, order
+    return _pad_by_last(flat_batch(masks.query_segment_ids, batch), padded_q), *sort_ids(ids)
 
 
 def round_up(x: int, multiple: int) -> int:
