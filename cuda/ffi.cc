@@ -106,6 +106,22 @@ ffi::Error Collect(ffi::RemainingArgs args, std::vector<ffi::AnyBuffer>& buffers
   return ffi::Error::Success();
 }
 
+ffi::Error IsOnHopper(const char* call, bool& result) {
+  int device = 0, major = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  }
+  result = major == 9;
+  return FromCuda(call, error);
+}
+
+ffi::Error TooManyChannels(const char* call, int64_t head_dim) {
+  return Invalid(std::string("jax_sage: ") + call + ": head_dim is " + std::to_string(head_dim) +
+                 ", and the kernels on mma.sync take up to " + std::to_string(kMaxHeadDimMma) +
+                 ": this call was lowered for a Hopper GPU");
+}
+
 ffi::Error QuantizeImpl(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
                         float scale_log2, int64_t smooth_k, int64_t smooth_v, int64_t some_seen,
                         int64_t segments) {
@@ -130,6 +146,11 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remai
                      {"segments", static_cast<double>(segments)}},
                     &sizes);
   if (!message.empty()) return Invalid(message);
+  if (sizes.head_dim > kMaxHeadDimMma) {
+    bool on_hopper = false;
+    if (auto error = IsOnHopper("quantize", on_hopper); error.failure()) return error;
+    if (!on_hopper) return TooManyChannels("quantize", sizes.head_dim);
+  }
 
   SegmentedParams params{};
   params.query = in[0].untyped_data();
@@ -243,13 +264,9 @@ ffi::Error LaunchAttention(const AttentionParams& params, bool fp8_value, bool f
 #ifdef JAX_SAGE_SM90
   // Of the recipes, those with names: FP8 with FP16 sums, FP16 with FP32 sums.
   if (!mma_sync && fp8_value == fp16_accumulator) {
-    int device = 0, major = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) {
-      error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    }
-    if (error != cudaSuccess) return FromCuda(kCall, error);
-    if (major == 9) {
+    bool on_hopper = false;
+    if (auto error = IsOnHopper(kCall, on_hopper); error.failure()) return error;
+    if (on_hopper) {
       if (params.masks.rows != nullptr) {
         return FromCuda(kCall, fp8_value ? sm90::LaunchMaskedFp8(params, stream)
                                          : sm90::LaunchMaskedFp16(params, stream));
@@ -259,11 +276,7 @@ ffi::Error LaunchAttention(const AttentionParams& params, bool fp8_value, bool f
     }
   }
 #endif
-  if (params.padded_head_dim > kMaxHeadDimMma) {
-    return Invalid("jax_sage: attention: head_dim is " + std::to_string(params.head_dim) +
-                   ", and the kernels on mma.sync take up to " + std::to_string(kMaxHeadDimMma) +
-                   ": this call was lowered for a Hopper GPU");
-  }
+  if (params.head_dim > kMaxHeadDimMma) return TooManyChannels(kCall, params.head_dim);
 #ifndef JAX_SAGE_NO_FP8_MMA
   if (fp8_value) {
     return FromCuda(kCall, mma::LaunchAttentionFp8(params, fp16_accumulator, stream));

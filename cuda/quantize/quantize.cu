@@ -33,8 +33,10 @@ union Shared {
 };
 
 template <class In, int kAccess, int kHeadDim>
-__global__ void __launch_bounds__(kThreads<kHeadDim>, (sizeof(In) == 4 ? 512 : 1024) / kThreads<kHeadDim>)
+__global__ void __launch_bounds__(kThreads<kHeadDim>,
+                                  (sizeof(In) == 4 ? 512 : 1024) / kThreads<kHeadDim>)
     Quantize(const QuantizeParams params, const Plan plan) {
+  if (!kIsBuilt<kHeadDim>) return;
   __shared__ Shared<kHeadDim> shared;
   // First the lead, then codes and statistics by turns, the codes that are left, and Q.
   const int block = blockIdx.x;

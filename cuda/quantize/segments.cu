@@ -250,6 +250,7 @@ enum Pass { kMakeParts, kJoinPieces };
 template <Pass kPass, class In, int kAccess, int kHeadDim>
 __global__ void __launch_bounds__(kThreads<kHeadDim>, kCtasPerSm<In, kAccess, kHeadDim>)
     SegmentStatistics(const SegmentedParams params, const Plan plan) {
+  if (!kIsBuilt<kHeadDim>) return;
   __shared__ SharedPart<kHeadDim> shared;
   const int unit = blockIdx.x / params.parts, part = blockIdx.x % params.parts;
   const int head = unit / 2;
@@ -277,6 +278,7 @@ union SharedCodes {
 template <class In, int kAccess, int kHeadDim>
 __global__ void __launch_bounds__(kThreads<kHeadDim>, kCtasPerSm<In, kAccess, kHeadDim>)
     SegmentCodes(const SegmentedParams params, const Plan plan) {
+  if (!kIsBuilt<kHeadDim>) return;
   __shared__ SharedCodes<kHeadDim> shared;
   // From the last to the first: of what the statistics have read last, some is still in L2.
   const int item = plan.items - 1 - static_cast<int>(blockIdx.x);

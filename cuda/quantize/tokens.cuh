@@ -9,9 +9,21 @@
 #include <limits>
 #include <type_traits>
 
+#include "common/layout.h"
+
 #include "quantize/quantize.h"
 
 namespace jax_sage::quantize {
+
+// Whether the attention of this architecture takes so many channels: if not, nothing calls the
+// kernel, and it is left empty.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
+template <int kHeadDim>
+constexpr bool kIsBuilt = true;
+#else
+template <int kHeadDim>
+constexpr bool kIsBuilt = kHeadDim <= kMaxHeadDimMma;
+#endif
 
 // Of a CTA: those of 16 tokens at least.
 template <int kHeadDim>
