@@ -314,14 +314,10 @@ def test_masks_stay_as_small_as_they_were_given():
 
 @needs_module
 def test_large_head_dimensions_have_kernels_on_hopper_alone(monkeypatch):
+    """Without a GPU the lowering is for the best that the build has."""
     if 90 in kernels.module().architectures():
-        monkeypatch.setattr(kernels, "capabilities", lambda: [90])
         assert len(custom_calls(lower((1, 100, 2, 192)))) == 2
-    jax.clear_caches()
-    built = [a for a in kernels.module().architectures() if a != 90]
-    if not built:
-        return
-    monkeypatch.setattr(kernels, "capabilities", lambda: [max(built)])
+    monkeypatch.setattr(kernels, "family", lambda recipe: "mma.sync")
     with pytest.warns(
         kernels.PortableWarning, match="its kernels have head dimensions up to 128, here it is 192"
     ):
