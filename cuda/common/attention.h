@@ -66,7 +66,7 @@ struct AttentionParams {
   bool is_causal;
   bool exact_lse;  // if not, lse may come from the sum of the rounded P
   DType out_type;
-  const float* per_counted_key;  // per_key of the keys that count, [B, K]; null: all count
+  const float* per_counted_key;  // with masks: per_key of the keys that count, [B, K]
   MaskParams masks;
   // With segments, else null; channels, value_code_sum and per_counted_key are null then. Slots as
   // in layout.h.

@@ -106,15 +106,9 @@ template <bool kMasked, int kHeadDim>
 __device__ __forceinline__ void PrepareOutput(OutputTable<kHeadDim>& table,
                                               const AttentionParams& params,
                                               const Position& position, int thread, int threads) {
-  const float* channels = params.channels + position.kv_head * kChannelRows * kHeadDim;
   const int32_t* first_bad = params.first_bad + position.kv_head * kBadRows * kHeadDim;
-  const long long* code_sum = params.value_code_sum + position.kv_head * kHeadDim;
-  const float per_key = params.per_counted_key != nullptr ? params.per_counted_key[position.kv_head]
-                                                          : params.per_key;
-  // With masks, what is not finite is marked later: who sees it is not a matter of the first key.
-  const bool masked = params.masks.rows != nullptr;
   if (thread == 0) {
-    table.first_bad_key = masked ? kNever : first_bad[kBadKey * kHeadDim];
+    if constexpr (!kMasked) table.first_bad_key = first_bad[kBadKey * kHeadDim];
     table.first_query = position.first_row;
     table.query_row = position.head * params.padded_q;
     table.output_row = position.head / params.heads * params.length_q * params.heads +
@@ -132,11 +126,13 @@ __device__ __forceinline__ void PrepareOutput(OutputTable<kHeadDim>& table,
       for (int c = thread; c < kHeadDim; c += threads) {
         table.scale[c] = __ldg(slot_channels + kSlotScale * kHeadDim + c);
         table.offset[c] = __ldg(slot_channels + kSlotOffset * kHeadDim + c);
-        table.first_bad[c] = kNever;
       }
       return;
     }
   }
+  const float* channels = params.channels + position.kv_head * kChannelRows * kHeadDim;
+  const long long* code_sum = params.value_code_sum + position.kv_head * kHeadDim;
+  const float per_key = kMasked ? params.per_counted_key[position.kv_head] : params.per_key;
 #pragma unroll 1
   for (int c = thread; c < kHeadDim; c += threads) {
     const float scale = channels[kValueScale * kHeadDim + c];
@@ -146,7 +142,7 @@ __device__ __forceinline__ void PrepareOutput(OutputTable<kHeadDim>& table,
     table.scale[c] = scale;
     // 0: nothing was taken from V, and nothing is given back.
     table.offset[c] = average == 0 ? 0 : average - scale * code_mean;
-    table.first_bad[c] = masked ? kNever : first_bad[kBadValue * kHeadDim + c];
+    if constexpr (!kMasked) table.first_bad[c] = first_bad[kBadValue * kHeadDim + c];
   }
 }
 

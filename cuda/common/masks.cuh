@@ -141,6 +141,14 @@ struct SeenKeys {
   }
 };
 
+// The bias of two neighbouring keys.
+__device__ __forceinline__ float2 BiasPair(float2 x) { return x; }
+__device__ __forceinline__ float2 BiasPair(__half2 x) { return __half22float2(x); }
+__device__ __forceinline__ float2 BiasPair(__nv_bfloat162 x) {  // an instruction less than its own
+  const uint32_t bits = *reinterpret_cast<const uint32_t*>(&x);
+  return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
+}
+
 // Rows of the bias that a thread adds to the scores of its rows, and how it loads from them.
 class BiasRows {
  public:
@@ -158,11 +166,8 @@ class BiasRows {
     }
   }
 
-  // Of both rows: element 4n + 2 * half + e of a block is that of key 8n + 2(lane % 4) + e, the
-  // first block of which begins with key `first`.
-  template <int kBlocks>
-  __device__ __forceinline__ void Load(float (&bias)[kBlocks][kBlockKv / 2], int first,
-                                       int lane) const {
+  // Of both rows: element 4n + 2 * half + e is that of key 8n + 2(lane % 4) + e from `first` on.
+  __device__ __forceinline__ void Load(float (&bias)[kBlockKv / 2], int first, int lane) const {
     // One branch around all loads: they are in flight together.
     const int column = first + 2 * (lane & 3);
     if (shared_by_keys_) {
@@ -177,8 +182,7 @@ class BiasRows {
   }
 
   // The same where all keys have one bias.
-  template <int kBlocks>
-  __device__ __forceinline__ void Spread(float (&bias)[kBlocks][kBlockKv / 2]) const {
+  __device__ __forceinline__ void Spread(float (&bias)[kBlockKv / 2]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float x;
@@ -190,35 +194,27 @@ class BiasRows {
         x = __half2float(__ldg(reinterpret_cast<const __half*>(rows_[half])));
       }
 #pragma unroll
-      for (int i = 0; i < kBlocks * kBlockKv / 4; ++i) {
-        bias[i / (kBlockKv / 4)][i % (kBlockKv / 4) / 2 * 4 + 2 * half + i % 2] = x;
-      }
+      for (int i = 0; i < kBlockKv / 4; ++i) bias[i / 2 * 4 + 2 * half + i % 2] = x;
     }
   }
 
  private:
-  __device__ static float2 ToFloats(float2 x) { return x; }
-  __device__ static float2 ToFloats(__half2 x) { return __half22float2(x); }
-  __device__ static float2 ToFloats(__nv_bfloat162 x) { return __bfloat1622float2(x); }
-
-  template <class P, int kBlocks>
-  __device__ __forceinline__ void LoadAs(float (&bias)[kBlocks][kBlockKv / 2], int column) const {
-    constexpr int kPairs = kBlocks * kBlockKv / 8;
-    P loaded[2][kPairs];
+  template <class P>
+  __device__ __forceinline__ void LoadAs(float (&bias)[kBlockKv / 2], int column) const {
+    P loaded[2][kBlockKv / 8];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const P* pairs = reinterpret_cast<const P*>(rows_[half]) + column / 2;
 #pragma unroll
-      for (int n = 0; n < kPairs; ++n) loaded[half][n] = __ldg(pairs + 4 * n);
+      for (int n = 0; n < kBlockKv / 8; ++n) loaded[half][n] = __ldg(pairs + 4 * n);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
-      for (int n = 0; n < kPairs; ++n) {
-        const float2 x = ToFloats(loaded[half][n]);
-        float* to = &bias[n / (kBlockKv / 8)][n % (kBlockKv / 8) * 4 + 2 * half];
-        to[0] = x.x;
-        to[1] = x.y;
+      for (int n = 0; n < kBlockKv / 8; ++n) {
+        const float2 x = BiasPair(loaded[half][n]);
+        bias[4 * n + 2 * half] = x.x;
+        bias[4 * n + 2 * half + 1] = x.y;
       }
     }
   }

@@ -386,10 +386,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
                               ptx::LoadSharedAs<float>(q_scale + 8 * 4) * k_scale};
       const int row = warp_row + m * 16 + lane / 4;
       if constexpr (T::kBiased) {
-        float bias[1][kBlockKv / 2];
+        float bias[kBlockKv / 2];
         BiasRows(params, batch(), head(), row).Load(bias, first_key, lane);
 #pragma unroll
-        for (int i = 0; i < kBlockKv / 2; ++i) p[i / 4][i % 4] = bias[0][i];
+        for (int i = 0; i < kBlockKv / 2; ++i) p[i / 4][i % 4] = bias[i];
       }
       if (T::kMasked && view != kAll) {
         const SeenKeys<kBlockKv> seen = FindSeen(params.masks, view, batch(), head(), row, first_key, lane);

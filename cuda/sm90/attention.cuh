@@ -52,8 +52,10 @@ struct Traits {
                 65536 / kThreads / 8 * 8 * (kConsumers + 1));
   static constexpr int kTile = Pv::kTile;  // keys
   static constexpr int kBlocks = kTile / kBlockKv;
-  // The FP32 output of 256 channels leaves no shared memory for Q, and two warpgroups registers.
+  // Q of 256 channels does not fit beside their FP32 output; two consumers have registers for it.
   static constexpr bool kQInRegisters = Pv::kSumsRows && kHeadDim > 128;
+  // A row of a box of Q or K, as it is swizzled.
+  static constexpr int kBoxRow = kHeadDim < kBoxChannels ? kHeadDim : kBoxChannels;
   static constexpr int kQBytes = kQInRegisters ? 0 : kRows * kHeadDim;  // of a warpgroup
   static constexpr int kKBytes = kTile * kHeadDim;
   static constexpr int kScaleBytes = kBlocks * kKeyScales * 4;
@@ -101,6 +103,7 @@ struct Traits {
   static_assert(kKBytes % 1024 == 0 && Pv::kStride % Pv::kAlignment == 0 && kQBytes % 1024 == 0);
   static_assert(!kCopiesBias || (kTile == kBiasTile && kBias % 1024 == 0 &&
                                  kBiasOfWarp >= kBiasBytes && kBiasOfWarp % 1024 == 0));
+  static_assert(kRows == kBlockKv, "boxes of Q and of K are alike, see IssueQk");
   static_assert(kSharedBytes <= kSharedLimit);
 };
 
@@ -371,8 +374,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
   const int warp = threadIdx.x % 128 / 32;
   const uint32_t output = shared + T::kOutput + warpgroup * T::kOutputBytes +
                           warp * T::kOutputOfWarp;
-  constexpr int kBoxBytes = T::kHeadDim < kBoxChannels ? T::kHeadDim : kBoxChannels;
-  uint64_t k_tiles = ptx::Descriptor<kBoxBytes>(shared + T::kK);
+  uint64_t k_tiles = ptx::Descriptor<T::kBoxRow>(shared + T::kK);
   uint64_t v_tiles = Pv::Descriptor(shared + T::kV);
   if constexpr (T::kBiased) {  // computed anew for each tile otherwise: 15 instructions
     k_tiles = ptx::Uniform(k_tiles);
@@ -396,7 +398,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
     const int group_row = ptx::LoadSharedAs<int>(first_row_slot);
     std::conditional_t<T::kQInRegisters, QueryFragments<T::kHeadDim>, uint64_t> q;
     if constexpr (!T::kQInRegisters) {
-      q = ptx::Descriptor<kBoxBytes>(shared + T::kQ + warpgroup * T::kQBytes);
+      q = ptx::Descriptor<T::kBoxRow>(shared + T::kQ + warpgroup * T::kQBytes);
     } else if (group_row < params.length_q) {
       q.Load(ptx::LoadSharedAs<const int8_t*>(first_row_slot + 24), 16 * warp + lane / 4, lane);
     }
@@ -461,7 +463,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
         if constexpr (T::kCopiesBias) {
           if ((plan >> (kViewBits * warpgroup) & kAll) && maps.bias_bytes != 0) {
             if (lane == 0) bias.Copy(maps, static_cast<int>(plan >> kTileShift), bias_row);
-            __syncwarp();
+            __syncwarp();  // together again, for wgmma
           }
         }
         // Far away: needed after the next QK^T.
@@ -495,10 +497,10 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
             if (maps.bias_bytes != 0) {
               bias.Read(scores.bias[0], maps, params.masks.bias_type, lane);
             } else {
-              BiasRows(params, batch(), head(), row).Spread(scores.bias);
+              BiasRows(params, batch(), head(), row).Spread(scores.bias[0]);
             }
           } else if constexpr (T::kBiased) {
-            BiasRows(params, batch(), head(), row).Load(scores.bias, first, lane);
+            BiasRows(params, batch(), head(), row).Load(scores.bias[0], first, lane);
           }
           if (view == kAll) {
             scores.Softmax(p, sums, my_tiles == 0, Everything(), T::kTile, opaque_zero);
@@ -623,17 +625,16 @@ cudaError_t Launch(const AttentionParams& params, cudaStream_t stream) {
   const int64_t items = (params.length_q + T::kQueries - 1) / T::kQueries * static_cast<int64_t>(heads);
   // A plan has so many bits for the number of a tile.
   const int tiles = params.padded_kv / T::kTile;
-  if (items > INT32_MAX || (T::kMasked && tiles >= 1 << (32 - kTileShift) - 1)) {
+  if (items > INT32_MAX || (T::kMasked && tiles >= (1 << (32 - kTileShift)) - 1)) {
     return cudaErrorInvalidConfiguration;
   }
-  constexpr int kBoxBytes = T::kHeadDim < kBoxChannels ? T::kHeadDim : kBoxChannels;
-  TensorMaps maps;
+  TensorMaps maps{};
   cudaError_t error = Encode(
       &maps.q,
-      {params.q, T::kHeadDim, static_cast<uint64_t>(params.padded_q), heads, kBoxBytes, kRows});
+      {params.q, T::kHeadDim, static_cast<uint64_t>(params.padded_q), heads, T::kBoxRow, kRows});
   if (error != cudaSuccess) return error;
   error = Encode(&maps.k, {params.k, T::kHeadDim, static_cast<uint64_t>(params.padded_kv), kv_heads,
-                           kBoxBytes, T::kTile});
+                           T::kBoxRow, T::kTile});
   if (error != cudaSuccess) return error;
   error = Encode(&maps.v, T::Pv::Map(params.v, params.padded_kv, kv_heads));
   if (error != cudaSuccess) return error;

@@ -48,8 +48,8 @@ __device__ __forceinline__ int RowOfBias(const AttentionParams& params, int batc
   return masks.bias_row_stride != 0 ? heads * params.length_q + row : heads;
 }
 
-// A warp's buffer, aligned to 1024 bytes. Each Copy() is followed by one Read(). kEmpty: how far the
-// barrier that all lanes complete is behind that which bytes do.
+// A warp's buffer, aligned to 1024 bytes. Each Copy() is followed by one Read(). kEmpty: from the
+// barrier that the bytes complete to that which all lanes do.
 template <int kEmpty>
 class BiasBuffer {
  public:
@@ -91,12 +91,6 @@ class BiasBuffer {
   __device__ static __forceinline__ bool IsOneRow(const TensorMaps& maps) {
     return maps.bias_bytes < kBiasRows * kBiasLine;
   }
-  __device__ static float2 ToFloats(float2 x) { return x; }
-  __device__ static float2 ToFloats(__half2 x) { return __half22float2(x); }
-  __device__ static float2 ToFloats(__nv_bfloat162 x) {  // an instruction less than its function has
-    const uint32_t bits = *reinterpret_cast<const uint32_t*>(&x);
-    return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
-  }
   template <class P>
   __device__ __forceinline__ void ReadAs(float (&bias)[kBlockKv / 2], uint32_t row,
                                          uint32_t quad) const {
@@ -111,7 +105,7 @@ class BiasBuffer {
       const uint32_t at = pair ^ byte ^ (byte / kBiasLine * 16);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float2 x = ToFloats(ptx::LoadSharedAs<P>(at + half * (8 * kLines * kBiasLine)));
+        const float2 x = BiasPair(ptx::LoadSharedAs<P>(at + half * (8 * kLines * kBiasLine)));
         bias[4 * n + 2 * half] = x.x;
         bias[4 * n + 2 * half + 1] = x.y;
       }

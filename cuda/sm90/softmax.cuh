@@ -29,7 +29,8 @@ __device__ __forceinline__ void IssueQk(int32_t (&s)[kBlockKv / 2], const Q& q, 
   ptx::WgmmaCommit();
 }
 
-// Q of a warpgroup as A fragments, of this thread's rows `row` (of all heads) and `row` + 8.
+// Q of a warpgroup as A fragments: of this thread's rows `row`, from the warpgroup's first, and
+// `row` + 8.
 template <int kHeadDim>
 struct QueryFragments {
   uint32_t steps[kHeadDim / 32][4];
@@ -182,7 +183,7 @@ struct Scores {
           }
           continue;
         }
-        int32_t best = INT32_MIN, block_total = 0;  // 16 scores of up to 2^21
+        int32_t best = INT32_MIN, block_total = 0;  // 16 scores of up to 2^22
 #pragma unroll
         for (int n = 0; n < kBlockKv / 8; ++n) {
 #pragma unroll

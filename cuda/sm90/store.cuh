@@ -8,8 +8,8 @@
 namespace jax_sage::sm90 {
 
 // A warp stores its 16 rows from `first_row` on; of each thread the two rows that FinishRows
-// finished. `shared`: the warp's part of the output buffer. That has room for 128 channels: more are
-// stored by turns.
+// finished. `shared`: the warp's part of the output buffer, which has room for 128 channels at
+// least: more are stored by turns.
 template <class Out, int kHeadDim>
 __device__ __forceinline__ void StoreTile(const AttentionParams& params,
                                           const OutputTable<kHeadDim>& table, int first_row,

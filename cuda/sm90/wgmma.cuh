@@ -68,7 +68,7 @@ __device__ __forceinline__ void WgmmaE4m3(uint32_t (&d)[18], const uint32_t* a, 
         "+r"(d[14]), "+r"(d[15]), "+r"(d[16]), "+r"(d[17])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
 }
-// With 256 channels the columns of ones are another instruction's: it cannot have more than 256.
+// With 256 channels, the most that an instruction has, the columns of ones are another's.
 __device__ __forceinline__ void WgmmaE4m3(uint32_t (&d)[66], const uint32_t* a, uint64_t b,
                                           bool accumulate) {
   constexpr uint64_t kRowsBehind = 256 * 64 / 16;
