@@ -227,7 +227,8 @@ void CheckMasks(Checker& check, const std::vector<Buffer>& args, const Buffer& o
   check.Is("value", args[next + 3], out.dtype, tokens);
   next += 4;
   if (kinds.mask) {
-    check.IsOrOne("words", args[next], "U32", {s.batch, s.heads, tiles, s.padded_q, 4}, 1 | 2 | 4 | 8);
+    check.IsOrOne("words", args[next], "U32", {s.batch, s.heads, tiles, s.padded_q, 4},
+                  1 | 2 | 4 | 8);
     check.IsOrOne("views", args[next + 1], "U8", {s.batch, s.heads, groups, tiles}, 1 | 2 | 4 | 8);
     next += 2;
   }

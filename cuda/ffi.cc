@@ -137,14 +137,13 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remai
     results.push_back(Describe(out.back()));
   }
   Sizes sizes;
-  const std::string message =
-      CheckQuantize(described, results,
-                    {{"scale_log2", scale_log2},
-                     {"smooth_k", static_cast<double>(smooth_k)},
-                     {"smooth_v", static_cast<double>(smooth_v)},
-                     {"some_seen", static_cast<double>(some_seen)},
-                     {"segments", static_cast<double>(segments)}},
-                    &sizes);
+  const std::string message = CheckQuantize(described, results,
+                                            {{"scale_log2", scale_log2},
+                                             {"smooth_k", static_cast<double>(smooth_k)},
+                                             {"smooth_v", static_cast<double>(smooth_v)},
+                                             {"some_seen", static_cast<double>(some_seen)},
+                                             {"segments", static_cast<double>(segments)}},
+                                            &sizes);
   if (!message.empty()) return Invalid(message);
   if (sizes.head_dim > kMaxHeadDimMma) {
     bool on_hopper = false;

@@ -30,10 +30,9 @@ __device__ __forceinline__ unsigned ViewOfTile(const MaskParams& masks, int batc
   unsigned view = first >= bounds.z && end <= bounds.w ? kAll : kAll | kByInterval;
   const int tile = first / kMaskKeys;
   if (masks.words != nullptr) {
-    const unsigned of_mask =
-        __ldg(masks.views + batch * masks.view_batch_stride + head * masks.view_head_stride +
-              static_cast<int64_t>(group) * masks.view_group_stride +
-              tile * masks.view_tile_stride);
+    const unsigned of_mask = __ldg(
+        masks.views + batch * masks.view_batch_stride + head * masks.view_head_stride +
+        static_cast<int64_t>(group) * masks.view_group_stride + tile * masks.view_tile_stride);
     if (of_mask == kNone) return kNone;
     view |= of_mask;
   }
@@ -231,8 +230,7 @@ __device__ __forceinline__ bool Sees(const MaskParams& masks, int batch, int hea
   if (key < interval.x || key >= interval.y) return false;
   if (masks.words != nullptr) {
     const int column = key % kMaskKeys, lane = column % 8 / 2;
-    const uint32_t word =
-        MaskWord(masks, MaskRow(masks, batch, head, row), 0, key - column, lane);
+    const uint32_t word = MaskWord(masks, MaskRow(masks, batch, head, row), 0, key - column, lane);
     if (!(word >> BitOfColumn(column - 2 * lane) & 1)) return false;
   }
   if (masks.query_ids != nullptr &&

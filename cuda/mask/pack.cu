@@ -24,10 +24,10 @@ __device__ __forceinline__ uint32_t LoadFour(const uint8_t* row, int key, int le
   }
 }
 
-// A warp packs kMaskRows queries and kMaskKeys keys, two rows at a time. Lane l loads the keys 4l to
-// 4l + 3 of both, and makes byte l % 4 of word l / 4 % 4 of the first row or, from lane 16 on, the
-// second: with 2h + e and j in their place, of the keys 16i + 8h + 2j + e. Ballot b has key 4l + b at
-// bit l, hence these at bits 4i + 2h + j / 2 of ballot 2(j % 2) + e.
+// A warp packs kMaskRows queries and kMaskKeys keys, two rows at a time. Lane l loads the keys 4l
+// to 4l + 3 of both, and makes byte l % 4 of word l / 4 % 4 of the first row or, from lane 16 on,
+// the second: with 2h + e and j in their place, of the keys 16i + 8h + 2j + e. Ballot b has key 4l
+// + b at bit l, hence these at bits 4i + 2h + j / 2 of ballot 2(j % 2) + e.
 template <bool kAligned>
 __global__ void __launch_bounds__(32 * kWarps) Pack(const PackParams params) {
   const int tiles = (params.length_kv + kMaskKeys - 1) / kMaskKeys;
@@ -41,7 +41,8 @@ __global__ void __launch_bounds__(32 * kWarps) Pack(const PackParams params) {
   const int first_row = group * kMaskRows;
   const int end_row = min(first_row + kMaskRows, params.padded_q);
   const uint8_t* mask = params.mask + head * params.length_q * params.length_kv;
-  uint8_t* words = reinterpret_cast<uint8_t*>(params.words + (head * tiles + tile) * params.padded_q * 4);
+  uint8_t* words =
+      reinterpret_cast<uint8_t*>(params.words + (head * tiles + tile) * params.padded_q * 4);
   const int h = lane / 2 % 2, e = lane % 2, j = lane / 4 % 4;
   uint32_t any = 0, all = ~0u;
 #pragma unroll 4
@@ -72,7 +73,9 @@ __global__ void __launch_bounds__(32 * kWarps) Pack(const PackParams params) {
   }
   if (lane == 0) {
     params.views[(head * groups + group) * tiles + tile] =
-        static_cast<uint8_t>(all == ~0u ? kAll : any != 0 ? kAll | kByMask : kNone);
+        static_cast<uint8_t>(all == ~0u ? kAll
+                             : any != 0 ? kAll | kByMask
+                                        : kNone);
   }
 }
 

@@ -392,7 +392,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
         for (int i = 0; i < kBlockKv / 2; ++i) p[i / 4][i % 4] = bias[i];
       }
       if (T::kMasked && view != kAll) {
-        const SeenKeys<kBlockKv> seen = FindSeen(params.masks, view, batch(), head(), row, first_key, lane);
+        const SeenKeys<kBlockKv> seen =
+            FindSeen(params.masks, view, batch(), head(), row, first_key, lane);
         Softmax<T::kBiased>(s[m], p, state[m], alpha[m], scale, seen);
       } else if (!T::kMasked && masked) {
         KeysBelow seen;

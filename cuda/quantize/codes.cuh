@@ -95,8 +95,8 @@ class SlotMeans {
     constexpr int kHeadDim = T::kThreadsPerRow * kVector;
     const int64_t first_slot = kv_head * static_cast<int64_t>(params.length_kv);
     const int64_t batch = kv_head / params.kv_heads;
-    table_ = params.slot_codes + first_slot * (kSlotCodeRows * kHeadDim) +
-             kSlotKeyMean * kHeadDim + T::Channel();
+    table_ = params.slot_codes + first_slot * (kSlotCodeRows * kHeadDim) + kSlotKeyMean * kHeadDim +
+             T::Channel();
     factors_ = params.slot_factors + first_slot;
     last_ = (kTensor == kKey ? params.length_kv : params.padded_q) - 1;
     slots_ = (kTensor == kKey ? params.key_slots : params.query_slots) + batch * (last_ + 1);
@@ -157,9 +157,9 @@ __device__ __forceinline__ OneMean MeansOf(const QuantizeParams& params, int kv_
   constexpr int kHeadDim = T::kThreadsPerRow * kVector;
   WaitForStatistics(params, kv_head, kKey);
   OneMean result;
-  LoadFloats(result.mean,
-             params.channels + kv_head * static_cast<int64_t>(kChannelRows * kHeadDim) +
-                 kKeyMean * kHeadDim + T::Channel());
+  LoadFloats(result.mean, params.channels +
+                              kv_head * static_cast<int64_t>(kChannelRows * kHeadDim) +
+                              kKeyMean * kHeadDim + T::Channel());
   return result;
 }
 template <class T, Tensor kTensor>
@@ -241,9 +241,8 @@ struct SharedKey {
 
 // A chunk of K: codes, and four scales for each 64 keys. Synchronizes once.
 template <class T, class Means, int kHeadDim>
-__device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params,
-                                                const T& tokens, SharedKey<kHeadDim>& shared,
-                                                int head, int first,
+__device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params, const T& tokens,
+                                                SharedKey<kHeadDim>& shared, int head, int first,
                                                 const Vector<typename T::Element> (&x)[kPasses],
                                                 Means& means) {
   constexpr int kPassesPerBlock = kBlockKv / T::kRows;
@@ -380,8 +379,8 @@ __device__ __forceinline__ void StoreTransposed(const QuantizeParams& params,
       words = make_uint4(words.y, words.x, words.w, words.z);
     }
     if (first + 16 * sixteen < params.padded_kv) {
-      *reinterpret_cast<uint4*>(out + row * static_cast<int64_t>(params.padded_kv) +
-                                16 * sixteen) = words;
+      *reinterpret_cast<uint4*>(out + row * static_cast<int64_t>(params.padded_kv) + 16 * sixteen) =
+          words;
     }
   }
 }
@@ -456,7 +455,8 @@ __device__ __forceinline__ long long ValueCodesOfChunk(
   long long total = 0;
   if (threadIdx.x < kHeadDim) {
 #pragma unroll
-    for (int warp = 0; warp < kWarps<kHeadDim>; ++warp) total += (&shared.sums[warp][0].x)[threadIdx.x];
+    for (int warp = 0; warp < kWarps<kHeadDim>; ++warp)
+      total += (&shared.sums[warp][0].x)[threadIdx.x];
   }
   return total;
 }
@@ -565,8 +565,8 @@ __device__ __forceinline__ void MixedValueCodesOfChunk(const QuantizeParams& par
     }
     if constexpr (!kFp8) {
       const int64_t index = head * static_cast<int64_t>(params.padded_kv) + token;
-      *reinterpret_cast<uint4*>(static_cast<__half*>(params.v) + index * kHeadDim +
-                                T::Channel()) = *reinterpret_cast<const uint4*>(halves);
+      *reinterpret_cast<uint4*>(static_cast<__half*>(params.v) + index * kHeadDim + T::Channel()) =
+          *reinterpret_cast<const uint4*>(halves);
     }
   }
   __syncthreads();
@@ -604,9 +604,8 @@ __device__ __forceinline__ void MakeValueCodes(const Params& params, const Plan&
   }
   is_bad = __syncthreads_or(is_bad);
   const auto make = [&] {
-    return params.fp8_value
-               ? ValueCodesOfChunk<true, T>(params, tokens, shared, head, first, x)
-               : ValueCodesOfChunk<false, T>(params, tokens, shared, head, first, x);
+    return params.fp8_value ? ValueCodesOfChunk<true, T>(params, tokens, shared, head, first, x)
+                            : ValueCodesOfChunk<false, T>(params, tokens, shared, head, first, x);
   };
   long long total = 0;
   if constexpr (kBySlot) {

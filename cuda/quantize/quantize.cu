@@ -107,7 +107,8 @@ cudaError_t Launch(const QuantizeParams& params, cudaStream_t stream) {
   error = cudaMemsetAsync(params.arrivals, 0, units * sizeof(*params.arrivals), stream);
   if (error != cudaSuccess) return error;
   Quantize<In, kAccess, kHeadDim>
-      <<<static_cast<unsigned>(2 * items + query_items), kThreads<kHeadDim>, 0, stream>>>(params, plan);
+      <<<static_cast<unsigned>(2 * items + query_items), kThreads<kHeadDim>, 0, stream>>>(params,
+                                                                                          plan);
   return cudaGetLastError();
 }
 

@@ -10,7 +10,6 @@
 #include <type_traits>
 
 #include "common/layout.h"
-
 #include "quantize/quantize.h"
 
 namespace jax_sage::quantize {

@@ -64,7 +64,8 @@ struct Traits {
   static constexpr int kIntervalBytes = kMasked ? kRows * 8 : 0;
   static constexpr int kRowsBytes = kMasked || kQInRegisters ? 32 : 16;
   // Where it only serves the stores, these go by turns of 128 channels.
-  static constexpr int kOutputBytes = kRows * (Pv::kSumsRows || kHeadDim < 128 ? kHeadDim : 128) * 4;
+  static constexpr int kOutputBytes =
+      kRows * (Pv::kSumsRows || kHeadDim < 128 ? kHeadDim : 128) * 4;
   static constexpr int kOutputOfWarp = kOutputBytes / 4;
   // Where the output needs its buffer at the end of an item only, a bias has it until then. The
   // FP32 output of 256 channels leaves no room: there the threads load their bias for themselves.
@@ -75,8 +76,8 @@ struct Traits {
   static constexpr int kBiasBarriers = kCopiesBias ? 8 * kConsumers : 0;
   static constexpr int kMaxStages = 6;
   static constexpr int kFixedBytes =
-      kConsumers * (kQBytes + kBiasOfGroup + kQScaleBytes + kIntervalBytes + kOutputBytes +
-                    kRowsBytes) +
+      kConsumers *
+          (kQBytes + kBiasOfGroup + kQScaleBytes + kIntervalBytes + kOutputBytes + kRowsBytes) +
       4 * kMaxStages + 16 + int{sizeof(OutputTable<kHeadDim>)} +
       8 * (2 + 2 * kConsumers + 4 * kMaxStages + kBiasBarriers) + 1024;
   static constexpr int kFitting = (kSharedLimit - kFixedBytes) / kStageBytes;
@@ -372,8 +373,8 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
   // The same in all lanes: the compiler keeps what follows from it in uniform registers.
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1;
   const int warp = threadIdx.x % 128 / 32;
-  const uint32_t output = shared + T::kOutput + warpgroup * T::kOutputBytes +
-                          warp * T::kOutputOfWarp;
+  const uint32_t output =
+      shared + T::kOutput + warpgroup * T::kOutputBytes + warp * T::kOutputOfWarp;
   uint64_t k_tiles = ptx::Descriptor<T::kBoxRow>(shared + T::kK);
   uint64_t v_tiles = Pv::Descriptor(shared + T::kV);
   if constexpr (T::kBiased) {  // computed anew for each tile otherwise: 15 instructions
@@ -419,8 +420,8 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
           ptx::LoadSharedAs<float>(shared + T::kQScales + warpgroup * T::kQScaleBytes +
                                    (16 * warp + lane / 4 + 8 * half) * 4);
     }
-    // The tile in the ring's stage, the count-th of this warpgroup. `softmax` makes P of its scores;
-    // `next` moves the ring on, beneath PV.
+    // The tile in the ring's stage, the count-th of this warpgroup. `softmax` makes P of its
+    // scores; `next` moves the ring on, beneath PV.
     const auto compute = [&](int count, bool is_last, auto softmax, auto next) {
       const unsigned stage = ring.stage;
       const uint32_t v_full = barriers.VFull(stage), v_parity = ring.parity;
@@ -472,8 +473,8 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
           const int first = static_cast<int>(plan >> kTileShift) * T::kTile;
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            words[half] = MaskWord(params.masks, mask_row, 16 * warp + lane / 4 + 8 * half, first,
-                                   lane);
+            words[half] =
+                MaskWord(params.masks, mask_row, 16 * warp + lane / 4 + 8 * half, first, lane);
           }
         }
       };
@@ -622,7 +623,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 template <class T>
 cudaError_t Launch(const AttentionParams& params, cudaStream_t stream) {
   const uint64_t heads = params.batch * params.heads, kv_heads = params.batch * params.kv_heads;
-  const int64_t items = (params.length_q + T::kQueries - 1) / T::kQueries * static_cast<int64_t>(heads);
+  const int64_t q_tiles = (params.length_q + T::kQueries - 1) / T::kQueries;
+  const int64_t items = q_tiles * static_cast<int64_t>(heads);
   // A plan has so many bits for the number of a tile.
   const int tiles = params.padded_kv / T::kTile;
   if (items > INT32_MAX || (T::kMasked && tiles >= (1 << (32 - kTileShift)) - 1)) {

@@ -101,8 +101,7 @@ __device__ __forceinline__ uint64_t Descriptor(uint32_t shared) {
 
 // The same descriptor, in uniform registers from here on.
 __device__ __forceinline__ uint64_t Uniform(uint64_t descriptor) {
-  return descriptor >> 32 << 32 |
-         __shfl_sync(0xffffffffu, static_cast<uint32_t>(descriptor), 0);
+  return descriptor >> 32 << 32 | __shfl_sync(0xffffffffu, static_cast<uint32_t>(descriptor), 0);
 }
 
 // Descriptor of an operand that is contiguous along its other dimension, in boxes of 128 bytes

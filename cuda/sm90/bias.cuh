@@ -1,6 +1,6 @@
-// The bias on its way to the scores: each consumer warp has that of its own 16 rows copied by TMA as
-// soon as it knows which tile is next, and waits for it beneath that tile's QK^T. No warp waits for
-// another.
+// The bias on its way to the scores: each consumer warp has that of its own 16 rows copied by TMA
+// as soon as it knows which tile is next, and waits for it beneath that tile's QK^T. No warp waits
+// for another.
 //
 // To TMA the bias is a tensor of rows, those of all heads one behind the other, of lines of 128
 // bytes, of which a tile of keys has two (float32) or one. The swizzle exchanges 16-byte units of a
@@ -33,10 +33,10 @@ inline cudaError_t EncodeBias(TensorMaps& maps, const AttentionParams& params) {
                         (masks.bias_head_stride != 0 ? params.heads : 1);
   // One row that stands for all is copied twice, for both rows of a thread.
   maps.bias_bytes = (one_row ? 2 : kBiasRows) * maps.bias_lines * kBiasLine;
-  return Encode(&maps.bias, {masks.bias, kBiasLine, static_cast<uint64_t>(tiles) * maps.bias_lines,
-                             static_cast<uint64_t>(heads * (one_row ? 1 : params.length_q)),
-                             kBiasLine, static_cast<uint32_t>(maps.bias_lines),
-                             one_row ? 1u : kBiasRows});
+  return Encode(&maps.bias,
+                {masks.bias, kBiasLine, static_cast<uint64_t>(tiles) * maps.bias_lines,
+                 static_cast<uint64_t>(heads * (one_row ? 1 : params.length_q)), kBiasLine,
+                 static_cast<uint32_t>(maps.bias_lines), one_row ? 1u : kBiasRows});
 }
 
 // The number among the tensor's rows of what query `row` of a head adds.

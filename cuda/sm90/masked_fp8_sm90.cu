@@ -6,7 +6,8 @@ namespace jax_sage::sm90 {
 template <int kHeadDim, bool kExactSum>
 static cudaError_t LaunchFor(const AttentionParams& params, cudaStream_t stream) {
   return params.masks.bias != nullptr
-             ? Launch<Traits<PvFp8<kHeadDim, kBiasTile>, kExactSum, Masking::kBiased>>(params, stream)
+             ? Launch<Traits<PvFp8<kHeadDim, kBiasTile>, kExactSum, Masking::kBiased>>(params,
+                                                                                       stream)
              : Launch<Traits<PvFp8<kHeadDim>, kExactSum, Masking::kMasked>>(params, stream);
 }
 

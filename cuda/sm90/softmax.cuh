@@ -40,8 +40,8 @@ struct QueryFragments {
     for (int ks = 0; ks < kHeadDim / 32; ++ks) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        steps[ks][i] = __ldg(reinterpret_cast<const uint32_t*>(
-            from + i % 2 * (8 * kHeadDim) + i / 2 * 16 + ks * 32));
+        steps[ks][i] = __ldg(reinterpret_cast<const uint32_t*>(from + i % 2 * (8 * kHeadDim) +
+                                                               i / 2 * 16 + ks * 32));
       }
     }
   }

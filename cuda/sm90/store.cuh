@@ -23,8 +23,8 @@ __device__ __forceinline__ void StoreTile(const AttentionParams& params,
   };
   const int rows = min(16, params.length_q - first_row);
   const int64_t pitch = static_cast<int64_t>(params.heads) * params.head_dim;
-  const bool wide = params.head_dim * sizeof(Out) % 16 == 0 &&
-                    reinterpret_cast<uintptr_t>(params.out) % 16 == 0;
+  const bool wide =
+      params.head_dim * sizeof(Out) % 16 == 0 && reinterpret_cast<uintptr_t>(params.out) % 16 == 0;
 #pragma unroll
   for (int first = 0; first < kHeadDim; first += kChannels) {
     __syncwarp();  // the buffer has been read
@@ -40,9 +40,9 @@ __device__ __forceinline__ void StoreTile(const AttentionParams& params,
     }
     __syncwarp();
     const int channels = min(params.head_dim - first, kChannels);
-    Out* out = static_cast<Out*>(params.out) + first +
-               (table.output_row + static_cast<int64_t>(first_row) * params.heads) *
-                   params.head_dim;
+    Out* out =
+        static_cast<Out*>(params.out) + first +
+        (table.output_row + static_cast<int64_t>(first_row) * params.heads) * params.head_dim;
     if (wide) {
       constexpr int kUnits = kChannels * sizeof(Out) / 16;  // of a row: at most 32
       const int byte = lane % kUnits * 16;
