@@ -106,7 +106,12 @@ ffi::Error Collect(ffi::RemainingArgs args, std::vector<ffi::AnyBuffer>& buffers
   return ffi::Error::Success();
 }
 
+// Whether this GPU runs the kernels for Hopper: the build has some.
 ffi::Error IsOnHopper(const char* call, bool& result) {
+#ifndef JAX_SAGE_SM90
+  result = false;
+  return ffi::Error::Success();
+#endif
   int device = 0, major = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) {

@@ -252,6 +252,11 @@ def portable_codes(q, k, v, recipe):
     return result
 
 
+def skip_without_kernel(head_dim):
+    if head_dim > kernels.max_head_dim(RECIPES["8+8"]):
+        pytest.skip("this GPU's kernels do not take so many channels")
+
+
 @pytest.mark.parametrize(
     ("kind", "head_dim"),
     [
@@ -266,6 +271,7 @@ def portable_codes(q, k, v, recipe):
 )
 @EACH_RECIPE
 def test_codes_are_bitwise_equal(recipe, kind, head_dim):
+    skip_without_kernel(head_dim)
     q, k, v = inputs(kind, (2, 200, 4, head_dim), (2, 1100, 2, head_dim))
     k[0, 70, 1, 0], v[1, 900, 0, 2] = np.nan, np.inf
     q[1, 3, 2, 1] = np.nan
@@ -433,6 +439,7 @@ def test_segments_are_bitwise_equal(recipe, name):
 @pytest.mark.parametrize("name", ["sorted", "random"])
 def test_segments_of_any_dtype_and_head_dim(name, head_dim, dtype):
     """With values that are not finite, and ids that are alike for all batch entries."""
+    skip_without_kernel(head_dim)
     q, k, v = inputs("normal", (2, 150, 2, head_dim), (2, 1100, 2, head_dim), dtype)
     k[0, 70, 1, 0], k[1, 1099, 0, 2], v[1, 900, 0, 2] = np.nan, -np.inf, np.inf
     q[1, 3, 1, 1] = np.nan
@@ -442,6 +449,17 @@ def test_segments_of_any_dtype_and_head_dim(name, head_dim, dtype):
     recipe = RECIPES["8+8"]
     raw = segments_by_kernels(q, k, v, recipe, *ids, seen)
     assert_segments_are_as_in_portable(raw, q, k, v, recipe, *ids, seen)
+
+
+@pytest.mark.parametrize("name", ["one", "sorted"])
+def test_segments_of_many_parts(name):
+    """40 parts of 512 keys: more pieces of a segment than are put together at once."""
+    q, k, v = inputs("normal", (1, 100, 1, 128), (1, 20000, 1, 128))
+    k, v = k / 4, v / 4  # exact_sums is of 16K tokens
+    seen = np.random.default_rng(1).random((1, 1, 20000)) < 0.9
+    ids = segments_case(name, (100, 20000), alike=True)
+    raw = segments_by_kernels(q, k, v, RECIPES["8+8"], *ids, seen)
+    assert_segments_are_as_in_portable(raw, q, k, v, RECIPES["8+8"], *ids, seen)
 
 
 def test_segments_with_keys_that_are_constant_and_large():
@@ -461,6 +479,7 @@ def test_segments_in_the_outputs(recipe, name, mma_sync):
     """Rows of several segments in a tile, queries without keys, more tiles than SMs."""
     q, k, v = inputs("normal", (2, 700, 24, 64), (2, 700, 8, 64), "bfloat16")
     ids = segments_case(name, (700, 700))
+    v += 2 * (ids[1] % 3)[:, :, None, None].astype(v.dtype)  # offsets that differ
     masks = Masks(query_segment_ids=ids[0], key_value_segment_ids=ids[1])
     params = {"scale_log2": scale_log2(q), "band": Band(), "recipe": RECIPES[recipe]}
     run = jitted(lowering_cuda.attention, **params, exact_lse=True, mma_sync=mma_sync)
@@ -475,7 +494,9 @@ def test_segments_in_the_outputs(recipe, name, mma_sync):
     # As assert_near_portable has it, but for bfloat16, in which out is rounded.
     difference = np.abs(out.astype(np.float64) - other.astype(np.float64))
     assert difference.mean() <= 2.0**-8 * np.abs(other.astype(np.float64)).mean()
-    assert difference.max() <= 2.0**-3 * np.abs(v.astype(np.float64)).max()
+    # A flip of E4M3 in a row of two keys moves it by 2^-5 |v - v̄| of one, with another segment's
+    # offset it would move by 2.
+    assert difference.mean(-1).max() <= 2.0**-2
     again = run(q, k, v, masks)
     for x, y in zip(again, (out, lse), strict=True):
         np.testing.assert_array_equal(np.asarray(x), y)
@@ -488,6 +509,7 @@ def test_segments_in_the_outputs(recipe, name, mma_sync):
 @BOTH_MASKS
 def test_more_query_tiles_than_sms(head_dim, is_causal):
     """432 query tiles: a persistent kernel works off several, with different numbers of keys."""
+    skip_without_kernel(head_dim)
     q, k, v = inputs("normal", (2, 1100, 24, head_dim), (2, 1300, 8, head_dim))
     check(q, k, v, recipe="8+8", is_causal=is_causal)
     without_lse = jax_sage.attention(q, k, v, is_causal=is_causal)

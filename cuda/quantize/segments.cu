@@ -9,7 +9,7 @@
 //   3. the segments that lie in several parts: their pieces are put together;
 //   4. codes, in the order of the tokens, as in quantize.cu;
 //   5. what smoothing took from V, by the sums of its codes.
-// Every sum of floats is made in an order that the ids alone decide.
+// Every sum of floats is made in an order that the ids and the lengths alone decide.
 #include <algorithm>
 
 #include "quantize/codes.cuh"
@@ -38,6 +38,7 @@ __device__ __forceinline__ int FindPlace(const int32_t* ids, int length, int id)
 __device__ __forceinline__ int EndOfRun(const int32_t* ids, int place, int end) {
   const int id = __ldg(ids + place);
   if (__ldg(ids + end - 1) == id) return end;
+  if (__ldg(ids + place + 1) != id) return place + 1;
   int low = place, high = end - 1;  // the first has the id, the other has not
   while (high - low > 1) {
     const int middle = low + (high - low) / 2;
@@ -243,28 +244,30 @@ template <class In, int kAccess, int kHeadDim>
 constexpr int kCtasPerSm = kHeadDim <= 128 ? (sizeof(In) == 4 ? 1 : 2) + (kAccess & kWide) : 1;
 static_assert(kWide == 1);
 
-enum Pass { kMakeParts, kJoinPieces };
-
 // A CTA for each part of K or V of a head.
-template <Pass kPass, class In, int kAccess, int kHeadDim>
+template <class In, int kAccess, int kHeadDim>
 __global__ void __launch_bounds__(kThreads<kHeadDim>, kCtasPerSm<In, kAccess, kHeadDim>)
     SegmentStatistics(const SegmentedParams params, const Plan plan) {
   if (!kIsBuilt<kHeadDim>) return;
   __shared__ SharedPart<kHeadDim> shared;
   const int unit = blockIdx.x / params.parts, part = blockIdx.x % params.parts;
-  const int head = unit / 2;
   if (unit % 2 == kKey) {
-    if (kPass == kMakeParts) {
-      MakePart<kKey, In, kAccess>(params, plan, shared, head, part);
-    } else {
-      JoinPieces<kKey>(params, plan, shared, head, part);
-    }
+    MakePart<kKey, In, kAccess>(params, plan, shared, unit / 2, part);
   } else {
-    if (kPass == kMakeParts) {
-      MakePart<kValue, In, kAccess>(params, plan, shared, head, part);
-    } else {
-      JoinPieces<kValue>(params, plan, shared, head, part);
-    }
+    MakePart<kValue, In, kAccess>(params, plan, shared, unit / 2, part);
+  }
+}
+
+template <int kHeadDim>
+__global__ void __launch_bounds__(kThreads<kHeadDim>)
+    JoinSegments(const SegmentedParams params, const Plan plan) {
+  if (!kIsBuilt<kHeadDim>) return;
+  __shared__ SharedPart<kHeadDim> shared;
+  const int unit = blockIdx.x / params.parts, part = blockIdx.x % params.parts;
+  if (unit % 2 == kKey) {
+    JoinPieces<kKey>(params, plan, shared, unit / 2, part);
+  } else {
+    JoinPieces<kValue>(params, plan, shared, unit / 2, part);
   }
 }
 
@@ -299,6 +302,7 @@ __global__ void __launch_bounds__(kThreads<kHeadDim>, kCtasPerSm<In, kAccess, kH
 // A CTA goes over as many places of a head's sorted keys as it has threads.
 template <int kHeadDim>
 __global__ void __launch_bounds__(kThreads<kHeadDim>) FinishOffsets(const SegmentedParams params) {
+  if (!kIsBuilt<kHeadDim>) return;
   constexpr int kPlaces = kThreads<kHeadDim>;
   __shared__ uint32_t begins[kPlaces / 32];
   const int groups = (params.length_kv + kPlaces - 1) / kPlaces;
@@ -310,8 +314,8 @@ __global__ void __launch_bounds__(kThreads<kHeadDim>) FinishOffsets(const Segmen
   if (threadIdx.x % 32 == 0) begins[threadIdx.x / 32] = of_warp;
   if (!__syncthreads_or(begins_here)) return;
   constexpr int kAtOnce = kPlaces / kHeadDim;
+  static_assert(kPlaces % kHeadDim == 0);
   const int c = threadIdx.x % kHeadDim;
-  if (threadIdx.x / kHeadDim >= kAtOnce) return;
 #pragma unroll 1
   for (int i = threadIdx.x / kHeadDim; i < kPlaces; i += kAtOnce) {
     if ((begins[i / 32] >> i % 32 & 1) == 0) continue;
@@ -349,10 +353,9 @@ cudaError_t LaunchSegments(const SegmentedParams& params, cudaStream_t stream) {
 
   const auto blocks = [](int64_t count) { return static_cast<unsigned>(count); };
   FindSlots<<<blocks(slot_blocks), kSlotThreads, 0, stream>>>(params);
-  SegmentStatistics<kMakeParts, In, kAccess, kHeadDim>
+  SegmentStatistics<In, kAccess, kHeadDim>
       <<<blocks(items), kThreads<kHeadDim>, 0, stream>>>(params, plan);
-  SegmentStatistics<kJoinPieces, In, kAccess, kHeadDim>
-      <<<blocks(items), kThreads<kHeadDim>, 0, stream>>>(params, plan);
+  JoinSegments<kHeadDim><<<blocks(items), kThreads<kHeadDim>, 0, stream>>>(params, plan);
   SegmentCodes<In, kAccess, kHeadDim>
       <<<blocks(items + query_items), kThreads<kHeadDim>, 0, stream>>>(params, plan);
   if (params.smooth_v) {
