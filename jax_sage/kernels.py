@@ -92,7 +92,10 @@ def family(recipe: Recipe) -> str:
 
 
 def max_head_dim(recipe: Recipe, mma_sync: bool = False) -> int:
-    """The largest head dimension of the kernels that run `recipe`, given that some can."""
+    """The largest head dimension of the kernels that run `recipe`, given that some can.
+
+    Without a GPU it is that of the best kernels of the build; on another GPU these report an error.
+    """
     on_hopper = not mma_sync and family(recipe) == _HOPPER
     return 256 if on_hopper and _cuda is not None and 90 in _cuda.architectures() else 128
 

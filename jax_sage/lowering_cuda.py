@@ -176,7 +176,8 @@ def quantize(
 
     ``seen``: whether a key counts, uint8 [B, K, S] or with ones, and without segments 1 / how many
     do, float32 [B, K]. ``segments``: see mask_operands.sorted_segments. A segment's slot is the
-    place of its first key among the sorted ones; tables by slot are as long as the keys.
+    place of its first key among the sorted ones; tables by slot are as long as the keys: 24 bytes
+    for each of their padded channels, 8 of them until the attention is done.
     """
     batch = math.prod(query.shape[:-3])
     length_q, heads, head_dim = query.shape[-3:]
