@@ -118,10 +118,11 @@ def check(root: pathlib.Path) -> pathlib.Path:
         "accuracy": bench.accuracy(),
         "speed": bench.speed(bench.SHORT),
         "masked_speed": bench_masks.masked_speed(bench_masks.SHAPE, print),
-        "image_generation": run_example(root),
     }
     path = root / RECORDS / f"{device.device_kind.replace(' ', '-').lower()}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")  # if the example does not come to its end
+    record["image_generation"] = run_example(root)
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(bench.table(record["speed"]))
     for row in record["masked_speed"]:
@@ -134,12 +135,12 @@ def check(root: pathlib.Path) -> pathlib.Path:
 
 def run_tests(root: pathlib.Path) -> dict[str, int]:
     """Runs the tests marked gpu; counts of passed, failed (errors included) and skipped."""
-    processes = min(14, os.cpu_count() or 1)  # most of the time goes to compilation
+    processes = min(16, os.cpu_count() or 1)  # most of the time goes to compilation
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder) / "report.xml"
-        command = [sys.executable, "-P", "-m", "pytest", "tests"]
+        command = [sys.executable, "-P", "-m", "pytest", "tests", "-m", "gpu"]
         subprocess.run(
-            [*command, "-m", "gpu", "-n", str(processes), "--durations=10", f"--junitxml={report}"],
+            [*command, "-n", str(processes), "--dist=worksteal", f"--junitxml={report}"],
             cwd=root,
             check=False,
         )
