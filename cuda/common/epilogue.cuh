@@ -147,12 +147,13 @@ __device__ __forceinline__ void PrepareOutput(OutputTable<kHeadDim>& table,
 }
 
 // Finishes the outputs of two rows, `row` and `row + 8`, of which this thread holds the channels
-// 8n + 2(lane % 4) + {0, 1}: divides by the row sum, undoes V's scale and mean, and marks what is
-// not finite. Stores lse. `sum` is this thread's part of the sum of P before rounding.
-template <bool kMasked, int kHeadDim>
+// kFirst + 8n + 2(lane % 4) + {0, 1}: divides by the row sum, undoes V's scale and mean, and marks
+// what is not finite. With the first channels it stores lse. `sum` is this thread's part of the sum
+// of P before rounding.
+template <bool kMasked, int kFirst = 0, int kHeadDim, int kTiles>
 __device__ __forceinline__ void FinishRows(const AttentionParams& params,
                                            const OutputTable<kHeadDim>& table, int row, int lane,
-                                           float (&o)[kHeadDim / 8][4], const float (&max)[2],
+                                           float (&o)[kTiles][4], const float (&max)[2],
                                            const float (&sum)[2], const float (&quantized_sum)[2]) {
   float norm[2], inverse[2], q_dot_mean[2];
   int last_key[2];
@@ -160,7 +161,7 @@ __device__ __forceinline__ void FinishRows(const AttentionParams& params,
   for (int half = 0; half < 2; ++half) {
     const int this_row = row + 8 * half;
     // Needed last, and far away.
-    q_dot_mean[half] = (lane & 3) == 0 && this_row < params.length_q
+    q_dot_mean[half] = kFirst == 0 && (lane & 3) == 0 && this_row < params.length_q
                            ? params.q_dot_mean[table.query_row + this_row]
                            : 0;
     // With masks, what is not finite is marked later: who sees it is not a matter of the first key.
@@ -188,11 +189,12 @@ __device__ __forceinline__ void FinishRows(const AttentionParams& params,
     const int64_t kv_head = head / (params.heads / params.kv_heads);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float* channels = SlotChannels<kHeadDim>(params, kv_head, slot[half]) + 2 * (lane & 3);
+      const float* channels =
+          SlotChannels<kHeadDim>(params, kv_head, slot[half]) + kFirst + 2 * (lane & 3);
 #pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
+      for (int n = 0; n < kTiles; ++n) {
         // A branch, so that not all is loaded at once: there are no registers for that.
-        if (n % 2 == 0 && 8 * n >= params.head_dim) break;
+        if (n % 2 == 0 && kFirst + 8 * n >= params.head_dim) break;
         const auto load = [&](int slot_row) {
           return *reinterpret_cast<const float2*>(channels + slot_row * kHeadDim + 8 * n);
         };
@@ -205,8 +207,8 @@ __device__ __forceinline__ void FinishRows(const AttentionParams& params,
     }
   } else {
 #pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-      const int channel = 8 * n + 2 * (lane & 3);
+    for (int n = 0; n < kTiles; ++n) {
+      const int channel = kFirst + 8 * n + 2 * (lane & 3);
       const float2 scale = *reinterpret_cast<const float2*>(&table.scale[channel]);
       const float2 offset = *reinterpret_cast<const float2*>(&table.offset[channel]);
       if constexpr (!kMasked) {
@@ -224,8 +226,8 @@ __device__ __forceinline__ void FinishRows(const AttentionParams& params,
   }
   if (first_bad <= last_key[1] || norm[0] == 0 || norm[1] == 0) {  // rare
 #pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-      const int channel = 8 * n + 2 * (lane & 3);
+    for (int n = 0; n < kTiles; ++n) {
+      const int channel = kFirst + 8 * n + 2 * (lane & 3);
       int2 bad = make_int2(kNever, kNever);
       if constexpr (!kMasked) bad = *reinterpret_cast<const int2*>(&table.first_bad[channel]);
 #pragma unroll
@@ -238,17 +240,19 @@ __device__ __forceinline__ void FinishRows(const AttentionParams& params,
       }
     }
   }
+  if constexpr (kFirst == 0) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float total = sum[half];
-    total += __shfl_xor_sync(0xffffffffu, total, 1);
-    total += __shfl_xor_sync(0xffffffffu, total, 2);
-    const int this_row = row + 8 * half;
-    if ((lane & 3) == 0 && this_row < params.length_q) {
-      float lse = CUDART_LN2_F * (max[half] + log2f(total) - kLog2PMax + q_dot_mean[half]);
-      if ((!kMasked && table.first_bad_key <= last_key[half]) || isnan(norm[half])) lse = kNan;
-      if (norm[half] == 0) lse = -kInf;  // nothing seen, whatever the query
-      params.lse[table.output_row + static_cast<int64_t>(this_row) * params.heads] = lse;
+    for (int half = 0; half < 2; ++half) {
+      float total = sum[half];
+      total += __shfl_xor_sync(0xffffffffu, total, 1);
+      total += __shfl_xor_sync(0xffffffffu, total, 2);
+      const int this_row = row + 8 * half;
+      if ((lane & 3) == 0 && this_row < params.length_q) {
+        float lse = CUDART_LN2_F * (max[half] + log2f(total) - kLog2PMax + q_dot_mean[half]);
+        if ((!kMasked && table.first_bad_key <= last_key[half]) || isnan(norm[half])) lse = kNan;
+        if (norm[half] == 0) lse = -kInf;  // nothing seen, whatever the query
+        params.lse[table.output_row + static_cast<int64_t>(this_row) * params.heads] = lse;
+      }
     }
   }
 }

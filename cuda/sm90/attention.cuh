@@ -568,8 +568,8 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
         release(barriers.VEmpty(ring.stage));
       }
     }
-    float o[T::kHeadDim / 8][4], row_sum[2];
-    sums.Finish(o, row_sum, scores.sum, my_tiles);
+    float row_sum[2];
+    sums.FinishRowSums(row_sum, scores.sum, my_tiles);
     if constexpr (!T::kExactSum && Pv::kSumsRows) {  // all four threads of a row add up theirs
       scores.sum[0] = row_sum[0] / 4;
       scores.sum[1] = row_sum[1] / 4;
@@ -577,11 +577,19 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
     ptx::BarrierWait(barriers.TableFull(), turn & 1);
     if (group_row < params.length_q) {
       const int first_row = table.first_query + warpgroup * kRows + 16 * warp;
-      FinishRows<T::kMasked>(params, table, first_row + lane / 4, lane, o, scores.max, scores.sum,
-                             row_sum);
-      WithOutputType(params.out_type, [&](auto type) {
-        StoreTile<decltype(type)>(params, table, first_row, lane, output, o);
-      });
+      // By turns, where all channels at once would be too many registers.
+      const auto finish = [&](auto first) {
+        constexpr int kFirst = decltype(first)::value;
+        float o[(T::kHeadDim < 128 ? T::kHeadDim : 128) / 8][4];
+        sums.template Finish<kFirst>(o, my_tiles);
+        FinishRows<T::kMasked, kFirst>(params, table, first_row + lane / 4, lane, o, scores.max,
+                                       scores.sum, row_sum);
+        WithOutputType(params.out_type, [&](auto type) {
+          StoreTile<decltype(type), kFirst>(params, table, first_row, lane, output, o);
+        });
+      };
+      finish(std::integral_constant<int, 0>());
+      if constexpr (T::kHeadDim > 128) finish(std::integral_constant<int, 128>());
       // What comes next there is a copy of the bias.
       if constexpr (T::kBiasInOutput) ptx::FenceAsyncProxy();
     }

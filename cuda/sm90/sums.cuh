@@ -1,7 +1,8 @@
 // PV and where its sums live: one class for each type of P and V.
 //
 // Of a warpgroup's tiles, in order: Issue() starts PV, Retire() follows when it has completed.
-// Rescale() may come between a Retire and the next Issue. Finish() gives the output and row sums.
+// Rescale() may come between a Retire and the next Issue. FinishRowSums() gives these, and then
+// Finish() the output, of kTiles times 8 channels from kFirst on.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -120,17 +121,19 @@ struct PvFp8 {
       }
     }
   }
-  __device__ __forceinline__ void Finish(float (&o)[kHeadDim / 8][4], float (&total)[2],
-                                         const float (&)[2], int tiles) {
+  __device__ __forceinline__ void FinishRowSums(float (&total)[2], const float (&)[2], int tiles) {
     if (tiles % kPromoteTiles == 0) {  // promoted already
 #pragma unroll
       for (uint32_t& x : sums) x = 0;
     }
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 8; ++i) Promoted(o[i], i, tiles >= kPromoteTiles);
     AddRowSums();
     total[0] = row_sum[0];
     total[1] = row_sum[1];
+  }
+  template <int kFirst, int kTiles>
+  __device__ __forceinline__ void Finish(float (&o)[kTiles][4], int tiles) {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) Promoted(o[i], kFirst / 8 + i, tiles >= kPromoteTiles);
   }
 
  private:
@@ -214,15 +217,17 @@ struct PvFp16 {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) sums[i] *= alpha[i / 2 % 2];
   }
-  __device__ __forceinline__ void Finish(float (&o)[kHeadDim / 8][4], float (&total)[2],
-                                         const float (&sum)[2], int) {
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) o[i / 4][i % 4] = sums[i];
+  __device__ __forceinline__ void FinishRowSums(float (&total)[2], const float (&sum)[2], int) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       total[half] = sum[half] + __shfl_xor_sync(0xffffffffu, sum[half], 1);
       total[half] += __shfl_xor_sync(0xffffffffu, total[half], 2);
     }
+  }
+  template <int kFirst, int kTiles>
+  __device__ __forceinline__ void Finish(float (&o)[kTiles][4], int) {
+#pragma unroll
+    for (int i = 0; i < 4 * kTiles; ++i) o[i / 4][i % 4] = sums[kFirst / 2 + i];
   }
 };
 
