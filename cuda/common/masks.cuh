@@ -6,6 +6,7 @@
 
 #include "common/attention.h"
 #include "common/layout.h"
+#include "common/ptx.cuh"
 
 namespace jax_sage {
 
@@ -128,6 +129,11 @@ struct SeenKeys {
   uint32_t bits[2];  // BitOfColumn, and anything for columns past the last
   __device__ __forceinline__ bool operator()(int half, int column) const {
     return (bits[half] >> BitOfColumn(column) & 1) != 0;
+  }
+  // The same as a word of ones or zeros, an instruction for each column.
+  __device__ __forceinline__ int32_t Spread(int half, int column) const {
+    const int byte = column / 8 % 2 * 2 + column % 2;
+    return ptx::SpreadSign(bits[half] << (column / 16), byte);
   }
   __device__ __forceinline__ SeenKeys Opaque(int zero) const {
     return {{bits[0] + zero, bits[1] + zero}};

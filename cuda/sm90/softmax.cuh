@@ -67,8 +67,7 @@ struct Scores {
   // see; no row of the warpgroup sees more than the first `keys`.
   template <class Seen>
   __device__ __forceinline__ void Softmax(uint32_t (&p)[T::kBlocks][Pv::kRegisters], Pv& sums,
-                                          bool first, const Seen& seen, int keys,
-                                          int opaque_zero) {
+                                          bool first, const Seen& seen, int keys, int opaque_zero) {
     float tile_sum[2] = {0, 0};
     uint32_t over[2] = {first ? ~0u : 0, first ? ~0u : 0};
 #pragma unroll
@@ -188,9 +187,16 @@ struct Scores {
         for (int n = 0; n < kBlockKv / 8; ++n) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            if (!seen(half, kBlockKv * block + 8 * n + e)) continue;
-            best = ::max(best, s[block][4 * n + 2 * half + e]);
-            block_total += s[block][4 * n + 2 * half + e];
+            const int column = kBlockKv * block + 8 * n + e;
+            const int32_t x = s[block][4 * n + 2 * half + e];
+            if constexpr (Seen::kBits) {
+              const int32_t is_seen = seen.Spread(half, column);
+              best = ::max(best, (x & is_seen) | (INT32_MIN & ~is_seen));
+              block_total += x & is_seen;
+            } else if (seen(half, column)) {
+              best = ::max(best, x);
+              block_total += x;
+            }
           }
         }
         // A block without keys has no scale either.
