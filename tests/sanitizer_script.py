@@ -24,6 +24,8 @@ CASES = [
 MANY_TILES = (2, 1100, 700, 16, 2, 64, "bfloat16", "8+8", True)
 # (recipe, mma_sync, exact_lse, what there is of masks, shape), one for each kernel on wgmma.
 MANY, FEW = (2, 1100, 700, 16, 2, 64), (2, 150, 300, 2, 1, 128)
+# Two parts of the sorted keys, which share a segment.
+PARTS = (2, 150, 700, 2, 1, 128)
 MASKED = [
     ("8+8", False, False, "window", MANY),
     ("8+8", False, True, "mask", MANY),
@@ -33,7 +35,8 @@ MASKED = [
     ("8+8", False, True, "mask bias lengths window", FEW),
     ("8+8", True, True, "mask lengths", FEW),
     ("8+16", True, True, "bias", FEW),
-    ("8+8", False, True, "segments", FEW),
+    ("8+8", False, True, "segments", PARTS),
+    ("8+16", True, True, "segments", PARTS),
 ]
 
 
@@ -43,7 +46,9 @@ def run_masked(
     batch, length_q, length_kv, heads, kv_heads, head_dim = shape
 
     def ids(length: int) -> jax.Array:
-        return jnp.broadcast_to(jnp.arange(length) * 4 // length, (batch, length))
+        tokens = jnp.arange(length)
+        ids = jnp.where(tokens % 97 == 0, 9, tokens * 4 // length)  # not in order
+        return jnp.broadcast_to(ids, (batch, length))
 
     has = set(kinds.split())
     q = jnp.ones((batch, length_q, heads, head_dim), jnp.bfloat16)

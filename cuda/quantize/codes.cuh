@@ -89,14 +89,13 @@ template <class T, Tensor kTensor>
 class SlotMeans {
  public:
   static constexpr bool kBySlot = true;
+  static constexpr int kHeadDim = T::kThreadsPerRow * kVector;
   float mean[kVector];
 
   __device__ __forceinline__ SlotMeans(const SegmentedParams& params, int kv_head) {
-    constexpr int kHeadDim = T::kThreadsPerRow * kVector;
     const int64_t first_slot = kv_head * static_cast<int64_t>(params.length_kv);
     const int64_t batch = kv_head / params.kv_heads;
-    table_ = params.slot_codes + first_slot * (kSlotCodeRows * kHeadDim) +
-             kSlotKeyMean * kHeadDim + T::Channel();
+    means_ = params.slot_means + first_slot * kHeadDim + T::Channel();
     factors_ = params.slot_factors + first_slot;
     last_ = (kTensor == kKey ? params.length_kv : params.padded_q) - 1;
     slots_ = (kTensor == kKey ? params.key_slots : params.query_slots) + batch * (last_ + 1);
@@ -137,13 +136,15 @@ class SlotMeans {
       for (float& x : mean) x = 0;
       return;
     }
-    constexpr int kHeadDim = T::kThreadsPerRow * kVector;
-    LoadFloats(mean, table_ + slot * static_cast<int64_t>(kSlotCodeRows * kHeadDim));
+    Vector<__nv_bfloat16> vector;
+    *reinterpret_cast<uint4*>(vector.pairs) = __ldg(
+        reinterpret_cast<const uint4*>(means_ + slot * static_cast<int64_t>(kHeadDim)));
+    ToFloats(mean, vector);
     // A power of two: exact.
     if (kTensor == kKey) inverse_size_ = __frcp_rn(__ldg(&factors_[slot].x));
   }
 
-  const float* table_;
+  const __nv_bfloat16* means_;
   const float2* factors_;
   const int32_t* slots_;
   int last_;
@@ -470,7 +471,6 @@ class SlotValues {
     const int64_t first_slot = head * static_cast<int64_t>(params.length_kv);
     slots_ = params.key_slots + head / params.kv_heads * static_cast<int64_t>(params.length_kv);
     channels_ = params.slot_channels + first_slot * (kSlotRows * kHeadDim);
-    codes_ = params.slot_codes + first_slot * (kSlotCodeRows * kHeadDim);
     sums_ = reinterpret_cast<unsigned long long*>(params.value_code_sum) + first_slot * kHeadDim;
   }
 
@@ -490,15 +490,13 @@ class SlotValues {
 
   __device__ __forceinline__ ValuePair Load(int slot, int pair) const {
     const float* channels = channels_ + slot * static_cast<int64_t>(kSlotRows * kHeadDim);
-    const float* codes = codes_ + slot * static_cast<int64_t>(kSlotCodeRows * kHeadDim);
-    const auto load = [&](const float* row) {
-      return __ldg(reinterpret_cast<const float2*>(row) + pair);
+    const auto load = [&](SlotRow row) {
+      return __ldg(reinterpret_cast<const float2*>(channels + row * kHeadDim) + pair);
     };
-    const float2 scale = load(channels + kSlotScale * kHeadDim);
-    const float2 average = load(channels + kSlotOffset * kHeadDim);
-    return {make_float2(ValueMean(average.x), ValueMean(average.y)),
-            make_float2(DownscaleOf(scale.x), DownscaleOf(scale.y)),
-            load(codes + kSlotInverse * kHeadDim)};
+    const float2 average = load(kSlotOffset), absmax = load(kSlotScale);
+    const ValueChannel x(average.x, absmax.x), y(average.y, absmax.y);
+    return {make_float2(x.mean, y.mean), make_float2(x.down, y.down),
+            make_float2(x.inverse, y.inverse)};
   }
 
   // Integers: the order of the additions does not show.
@@ -514,7 +512,6 @@ class SlotValues {
   int last_;
   const int32_t* slots_;
   const float* channels_;
-  const float* codes_;
   unsigned long long* sums_;
 };
 
