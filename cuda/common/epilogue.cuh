@@ -192,8 +192,7 @@ __device__ __forceinline__ void FinishRows(const AttentionParams& params,
     const int64_t kv_head = head / (params.heads / params.kv_heads);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float* channels =
-          SlotChannels<kHeadDim>(params, kv_head, slot[half]) + 2 * (lane & 3);
+      const float* channels = SlotChannels<kHeadDim>(params, kv_head, slot[half]) + 2 * (lane & 3);
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n) {
         // A branch, so that not all is loaded at once: there are no registers for that.

@@ -92,14 +92,10 @@ class SlotMeans {
   static constexpr int kHeadDim = T::kThreadsPerRow * kVector;
   float mean[kVector];
 
-  __device__ __forceinline__ SlotMeans(const SegmentedParams& params, int kv_head) {
-    const int64_t first_slot = kv_head * static_cast<int64_t>(params.length_kv);
-    const int64_t batch = kv_head / params.kv_heads;
-    means_ = params.slot_means + first_slot * kHeadDim + T::Channel();
-    factors_ = params.slot_factors + first_slot;
-    last_ = (kTensor == kKey ? params.length_kv : params.padded_q) - 1;
-    slots_ = (kTensor == kKey ? params.key_slots : params.query_slots) + batch * (last_ + 1);
-  }
+  __device__ __forceinline__ SlotMeans(const SegmentedParams& params, int kv_head)
+      : params_(params),
+        first_slot_(kv_head * static_cast<int64_t>(params.length_kv)),
+        first_token_(kv_head / params.kv_heads * static_cast<int64_t>(Length())) {}
 
   // The chunk that begins with a token.
   __device__ __forceinline__ void Next(int first) {
@@ -123,12 +119,19 @@ class SlotMeans {
   }
   __device__ __forceinline__ float SizeOf(int token) const {
     const int slot = SlotOf(token);
-    return slot < 0 ? 1 : __ldg(&factors_[slot].x);
+    return slot < 0 ? 1 : LoadSize(slot);
   }
 
  private:
+  __device__ __forceinline__ int Length() const {
+    return kTensor == kKey ? params_.length_kv : params_.padded_q;
+  }
   __device__ __forceinline__ int SlotOf(int token) const {
-    return __ldg(slots_ + min(token, last_));
+    const int32_t* slots = kTensor == kKey ? params_.key_slots : params_.query_slots;
+    return __ldg(slots + first_token_ + min(token, Length() - 1));
+  }
+  __device__ __forceinline__ float LoadSize(int slot) const {
+    return __ldg(&params_.slot_factors[first_slot_ + slot].x);
   }
   __device__ __forceinline__ void Load(int slot) {
     if (slot < 0) {
@@ -136,18 +139,15 @@ class SlotMeans {
       for (float& x : mean) x = 0;
       return;
     }
+    const __nv_bfloat16* from = params_.slot_means + (first_slot_ + slot) * kHeadDim + T::Channel();
     Vector<__nv_bfloat16> vector;
-    *reinterpret_cast<uint4*>(vector.pairs) = __ldg(
-        reinterpret_cast<const uint4*>(means_ + slot * static_cast<int64_t>(kHeadDim)));
+    *reinterpret_cast<uint4*>(vector.pairs) = __ldg(reinterpret_cast<const uint4*>(from));
     ToFloats(mean, vector);
-    // A power of two: exact.
-    if (kTensor == kKey) inverse_size_ = __frcp_rn(__ldg(&factors_[slot].x));
+    if (kTensor == kKey) inverse_size_ = __frcp_rn(LoadSize(slot));  // a power of two: exact
   }
 
-  const __nv_bfloat16* means_;
-  const float2* factors_;
-  const int32_t* slots_;
-  int last_;
+  const SegmentedParams& params_;
+  int64_t first_slot_, first_token_;
   int slot_[kPasses];
   bool is_alike_;
   float inverse_size_;
@@ -158,9 +158,9 @@ __device__ __forceinline__ OneMean MeansOf(const QuantizeParams& params, int kv_
   constexpr int kHeadDim = T::kThreadsPerRow * kVector;
   WaitForStatistics(params, kv_head, kKey);
   OneMean result;
-  LoadFloats(result.mean,
-             params.channels + kv_head * static_cast<int64_t>(kChannelRows * kHeadDim) +
-                 kKeyMean * kHeadDim + T::Channel());
+  LoadFloats(result.mean, params.channels +
+                              kv_head * static_cast<int64_t>(kChannelRows * kHeadDim) +
+                              kKeyMean * kHeadDim + T::Channel());
   return result;
 }
 template <class T, Tensor kTensor>
@@ -240,9 +240,8 @@ struct SharedKey {
 
 // A chunk of K: codes, and four scales for each 64 keys. Synchronizes once.
 template <class T, class Means, int kHeadDim>
-__device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params,
-                                                const T& tokens, SharedKey<kHeadDim>& shared,
-                                                int head, int first,
+__device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params, const T& tokens,
+                                                SharedKey<kHeadDim>& shared, int head, int first,
                                                 const Vector<typename T::Element> (&x)[kPasses],
                                                 Means& means) {
   constexpr int kPassesPerBlock = kBlockKv / T::kRows;
@@ -343,15 +342,15 @@ struct SharedValue {
   float2 inverse[kHeadDim / 2];
 };
 
-// Where a thread's four codes of a channel are in SharedValue::transposed. Words of a channel are
-// exchanged by its group's number: a warp writes to, and reads from, all banks at once. Where a
-// channel has 16 words, those of the upper half of the channels move by 16 more, into the next row:
-// hence one row more.
+// Where a thread's four codes of one of its channels are in SharedValue::transposed. Words of a
+// channel are exchanged by its group's number: a warp writes to, and reads from, all banks at once.
+// Where a channel has 16 words, those of the upper half of the channels move by 16 more, into the
+// next row: hence one row more.
 template <class T>
 constexpr int kExchange = 32 / T::kThreadsPerRow;
 template <class T>
 __device__ __forceinline__ int WordOf(int channel) {
-  return channel * T::kRows + (T::Row() ^ channel / kVector * kExchange<T>);
+  return channel * T::kRows + (T::Row() ^ T::Channel() / kVector * kExchange<T>);
 }
 
 // The codes of a chunk of V in FP8.
@@ -371,8 +370,8 @@ __device__ __forceinline__ void StoreTransposed(const QuantizeParams& params,
     static_assert(kExchange<T> % 2 == 0 && kQuads >= 16);
     if (row_exchange & 2) words = make_uint4(words.z, words.w, words.x, words.y);
     if (first + 16 * sixteen < params.padded_kv) {
-      *reinterpret_cast<uint4*>(out + row * static_cast<int64_t>(params.padded_kv) +
-                                16 * sixteen) = words;
+      *reinterpret_cast<uint4*>(out + row * static_cast<int64_t>(params.padded_kv) + 16 * sixteen) =
+          words;
     }
   }
 }
@@ -381,8 +380,7 @@ __device__ __forceinline__ void StoreTransposed(const QuantizeParams& params,
 template <bool kFp8, class T, int kHeadDim>
 __device__ __forceinline__ long long ValueCodesOfChunk(
     const QuantizeParams& params, const T& tokens, SharedValue<kHeadDim>& shared, int head,
-    int first,
-    const Vector<typename T::Element> (&x)[kPasses]) {
+    int first, const Vector<typename T::Element> (&x)[kPasses]) {
   const int channel = T::Channel(), lane = threadIdx.x % 32;
   alignas(16) __half2 halves[kPasses][kVector / 2];
 #pragma unroll
@@ -467,15 +465,12 @@ class SlotValues {
   static constexpr int kHeadDim = T::kThreadsPerRow * kVector;
 
   __device__ __forceinline__ SlotValues(const SegmentedParams& params, int head)
-      : with_sums_(params.smooth_v), last_(params.length_kv - 1) {
-    const int64_t first_slot = head * static_cast<int64_t>(params.length_kv);
-    slots_ = params.key_slots + head / params.kv_heads * static_cast<int64_t>(params.length_kv);
-    channels_ = params.slot_channels + first_slot * (kSlotRows * kHeadDim);
-    sums_ = reinterpret_cast<unsigned long long*>(params.value_code_sum) + first_slot * kHeadDim;
-  }
+      : params_(params),
+        first_slot_(head * static_cast<int64_t>(params.length_kv)),
+        first_key_(head / params.kv_heads * static_cast<int64_t>(params.length_kv)) {}
 
   __device__ __forceinline__ int SlotOf(int token) const {
-    return __ldg(slots_ + min(token, last_));
+    return __ldg(params_.key_slots + first_key_ + min(token, params_.length_kv - 1));
   }
   // The slot of all tokens of the chunk that begins with `first`, or -1. Synchronizes.
   __device__ __forceinline__ int SlotOfChunk(int first) const {
@@ -489,7 +484,7 @@ class SlotValues {
   }
 
   __device__ __forceinline__ ValuePair Load(int slot, int pair) const {
-    const float* channels = channels_ + slot * static_cast<int64_t>(kSlotRows * kHeadDim);
+    const float* channels = params_.slot_channels + (first_slot_ + slot) * (kSlotRows * kHeadDim);
     const auto load = [&](SlotRow row) {
       return __ldg(reinterpret_cast<const float2*>(channels + row * kHeadDim) + pair);
     };
@@ -501,18 +496,16 @@ class SlotValues {
 
   // Integers: the order of the additions does not show.
   __device__ __forceinline__ void AddSum(int slot, int channel, long long sum) const {
-    if (with_sums_ && sum != 0) {
-      atomicAdd(sums_ + slot * static_cast<int64_t>(kHeadDim) + channel,
+    if (params_.smooth_v && sum != 0) {
+      atomicAdd(reinterpret_cast<unsigned long long*>(params_.value_code_sum) +
+                    (first_slot_ + slot) * kHeadDim + channel,
                 static_cast<unsigned long long>(sum));
     }
   }
 
  private:
-  bool with_sums_;
-  int last_;
-  const int32_t* slots_;
-  const float* channels_;
-  unsigned long long* sums_;
+  const SegmentedParams& params_;
+  int64_t first_slot_, first_key_;
 };
 
 // A chunk of V with tokens of several segments: codes, and their sums. Rare, and so a token of each
@@ -552,8 +545,8 @@ __device__ __forceinline__ void MixedValueCodesOfChunk(const QuantizeParams& par
     }
     if constexpr (!kFp8) {
       const int64_t index = head * static_cast<int64_t>(params.padded_kv) + token;
-      *reinterpret_cast<uint4*>(static_cast<__half*>(params.v) + index * kHeadDim +
-                                T::Channel()) = *reinterpret_cast<const uint4*>(halves);
+      *reinterpret_cast<uint4*>(static_cast<__half*>(params.v) + index * kHeadDim + T::Channel()) =
+          *reinterpret_cast<const uint4*>(halves);
     }
   }
   __syncthreads();
@@ -591,9 +584,8 @@ __device__ __forceinline__ void MakeValueCodes(const Params& params, const Plan&
   }
   is_bad = __syncthreads_or(is_bad);
   const auto make = [&] {
-    return params.fp8_value
-               ? ValueCodesOfChunk<true, T>(params, tokens, shared, head, first, x)
-               : ValueCodesOfChunk<false, T>(params, tokens, shared, head, first, x);
+    return params.fp8_value ? ValueCodesOfChunk<true, T>(params, tokens, shared, head, first, x)
+                            : ValueCodesOfChunk<false, T>(params, tokens, shared, head, first, x);
   };
   long long total = 0;
   if constexpr (kBySlot) {

@@ -57,17 +57,17 @@ constexpr int kPartialRows = 6;
 // channels and arrivals are null; value_code_sum is [B, K, S, Hp], and partials
 // [B, K, kPieces, parts, kPartialRows, Hp].
 struct SegmentedParams : QuantizeParams {
-  const int32_t* query_ids;   // [B or 1, Tp]
-  const int32_t* sorted_ids;  // [B or 1, S], of the keys
-  const int32_t* order;       // the same: whose they are
+  const int32_t* query_ids;                // [B or 1, Tp]
+  const int32_t* sorted_ids;               // [B or 1, S], of the keys
+  const int32_t* order;                    // the same: whose they are
   int64_t query_id_stride, key_id_stride;  // of batch entries
 
-  int32_t* query_slots;  // [B, Tp]; -1: no key has the id
-  float* slot_channels;  // [B, K, S, kSlotRows, Hp]
-  int32_t* key_slots;    // scratch [B, S]
+  int32_t* query_slots;       // [B, Tp]; -1: no key has the id
+  float* slot_channels;       // [B, K, S, kSlotRows, Hp]
+  int32_t* key_slots;         // scratch [B, S]
   __nv_bfloat16* slot_means;  // scratch [B, K, S, Hp], of K
-  float2* slot_factors;  // scratch [B, K, S]: size of K, 1 / the keys that count
-  int32_t* piece_counts; // scratch [B, K, kPieces, parts]: keys that count
+  float2* slot_factors;       // scratch [B, K, S]: size of K, 1 / the keys that count
+  int32_t* piece_counts;      // scratch [B, K, kPieces, parts]: keys that count
 };
 
 // Pieces of segments that a part of the sorted keys shares with others: of a segment that began

@@ -141,8 +141,7 @@ struct Rows {
   static constexpr int kMin = kTensor == kKey ? kMinK : kMinV;
 };
 
-__device__ __forceinline__ int64_t FirstPart(const SegmentedParams& params, int head,
-                                             Piece piece) {
+__device__ __forceinline__ int64_t FirstPart(const SegmentedParams& params, int head, Piece piece) {
   return (head * static_cast<int64_t>(kPieces) + piece) * params.parts;
 }
 
@@ -152,15 +151,16 @@ __device__ __forceinline__ void MakePart(const SegmentedParams& params, const Pl
                                          SharedPart<kHeadDim>& shared, int head, int part) {
   const int64_t begin = static_cast<int64_t>(part) * plan.tokens_per_part;
   if (begin >= params.length_kv) return;
-  const int end = static_cast<int>(
-      min(begin + plan.tokens_per_part, static_cast<int64_t>(params.length_kv)));
+  const int end =
+      static_cast<int>(min(begin + plan.tokens_per_part, static_cast<int64_t>(params.length_kv)));
   const int32_t* ids = SortedIds(params, head);
   Tokens<In, kAccess | kSorted, kHeadDim> tokens(kTensor == kKey ? params.key : params.value, head,
-                                                 params.kv_heads, params.length_kv,
-                                                 params.head_dim, SeenBy(params, head));
+                                                 params.kv_heads, params.length_kv, params.head_dim,
+                                                 SeenBy(params, head));
   tokens.order = params.order + head / params.kv_heads * params.key_id_stride;
-  int* bad = params.first_bad + (head * static_cast<int64_t>(kBadRows) +
-                                 (kTensor == kKey ? kBadKey : kBadValue)) * kHeadDim;
+  int* bad =
+      params.first_bad +
+      (head * static_cast<int64_t>(kBadRows) + (kTensor == kKey ? kBadKey : kBadValue)) * kHeadDim;
   const int c = threadIdx.x;
   int next;
 #pragma unroll 1
@@ -203,8 +203,8 @@ __device__ __forceinline__ void JoinPieces(const SegmentedParams& params, const 
   const int id = __ldg(ids + end);
   if (begin > 0 && __ldg(ids + begin - 1) == id) return;  // it began before
   const int64_t batch = head / params.kv_heads;
-  const int slot = params.key_slots[batch * params.length_kv +
-                                    params.order[batch * params.key_id_stride + end]];
+  const int slot =
+      params.key_slots[batch * params.length_kv + params.order[batch * params.key_id_stride + end]];
   // The parts that follow and begin with a key of the segment.
   int last = part;
 #pragma unroll 1
@@ -311,8 +311,8 @@ __global__ void __launch_bounds__(kThreads) FinishChannels(const SegmentedParams
     float* channels = params.slot_channels + slot * (kSlotRows * kHeadDim) + c;
     const ValueChannel value(channels[kSlotOffset * kHeadDim], channels[kSlotScale * kHeadDim]);
     const float code_mean =
-        static_cast<float>(
-            static_cast<double>(params.value_code_sum[slot * kHeadDim + c]) * kCodeUnit) *
+        static_cast<float>(static_cast<double>(params.value_code_sum[slot * kHeadDim + c]) *
+                           kCodeUnit) *
         params.slot_factors[slot].y;
     channels[kSlotScale * kHeadDim] = value.scale;
     // 0: nothing was taken from V, and nothing is given back.

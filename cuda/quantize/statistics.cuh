@@ -213,8 +213,8 @@ __device__ __forceinline__ void Gather(const float* partials, int begin, int end
   for (int part = begin + threadIdx.x / kThreadsPerRow; part < end;
        part += SharedStatistics<kHeadDim>::kRows) {
     float x[kVector];
-    LoadFloats(x, partials + part * static_cast<int64_t>(kPartialRows * kHeadDim) +
-                      row * kHeadDim + channel);
+    LoadFloats(x, partials + part * static_cast<int64_t>(kPartialRows * kHeadDim) + row * kHeadDim +
+                      channel);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) add(i, x[i]);
   }
@@ -314,14 +314,13 @@ __device__ __forceinline__ void MakeStatistics(const QuantizeParams& params, con
   if (threadIdx.x < kHeadDim) shared.bad[threadIdx.x] = kNever;
   __syncthreads();
   const Tokens<In, kAccess, kHeadDim> tokens(kTensor == kKey ? params.key : params.value, head,
-                                           params.kv_heads, params.length_kv, params.head_dim,
-                                           SeenBy(params, head));
+                                             params.kv_heads, params.length_kv, params.head_dim,
+                                             SeenBy(params, head));
   const int64_t begin = static_cast<int64_t>(part) * plan.tokens_per_part;
   const int64_t end = min(begin + plan.tokens_per_part, static_cast<int64_t>(params.length_kv));
-  const ChannelStatistics all =
-      Combine<kTensor == kValue>(
-          shared, StatisticsOf<kTensor>(tokens, static_cast<int>(min(begin, end)),
-                                        static_cast<int>(end), shared.bad));
+  const ChannelStatistics all = Combine<kTensor == kValue>(
+      shared, StatisticsOf<kTensor>(tokens, static_cast<int>(min(begin, end)),
+                                    static_cast<int>(end), shared.bad));
 
   const int c = threadIdx.x;
   const int64_t index = head * static_cast<int64_t>(params.parts) + part;
