@@ -281,15 +281,15 @@ struct SharedValue {
   float2 inverse[kHeadDim / 2];
 };
 
-// Where a thread's four codes of a channel are in SharedValue::transposed. Words of a channel are
-// exchanged by its group's number: a warp writes to, and reads from, all banks at once. Where a
-// channel has 16 words, those of the upper half of the channels move by 16 more, into the next row:
-// hence one row more.
+// Where a thread's four codes of one of its channels are in SharedValue::transposed. Words of a
+// channel are exchanged by its group's number: a warp writes to, and reads from, all banks at once.
+// Where a channel has 16 words, those of the upper half of the channels move by 16 more, into the
+// next row: hence one row more.
 template <class T>
 constexpr int kExchange = 32 / T::kThreadsPerRow;
 template <class T>
 __device__ __forceinline__ int WordOf(int channel) {
-  return channel * T::kRows + (T::Row() ^ channel / kVector * kExchange<T>);
+  return channel * T::kRows + (T::Row() ^ T::Channel() / kVector * kExchange<T>);
 }
 
 // The codes of a chunk of V in FP8.
@@ -322,8 +322,7 @@ __device__ __forceinline__ void StoreTransposed(const QuantizeParams& params,
 template <bool kFp8, class T, int kHeadDim>
 __device__ __forceinline__ long long ValueCodesOfChunk(
     const QuantizeParams& params, const T& tokens, SharedValue<kHeadDim>& shared, int head,
-    int first,
-    const Vector<typename T::Element> (&x)[kPasses]) {
+    int first, const Vector<typename T::Element> (&x)[kPasses]) {
   const int channel = T::Channel(), lane = threadIdx.x % 32;
   alignas(16) __half2 halves[kPasses][kVector / 2];
 #pragma unroll

@@ -144,7 +144,7 @@ struct Tokens {
   static constexpr bool kIsSorted = (kAccess & kSorted) != 0;
 
   const In* data;
-  const uint8_t* seen;  // by token with kSomeSeen; null: all
+  const uint8_t* seen;             // by token with kSomeSeen; null: all
   const int32_t* order = nullptr;  // by place with kSorted
   int64_t stride;
   int length;
