@@ -161,6 +161,7 @@ __device__ __forceinline__ Statistics StatisticsOf(const T& tokens, int begin, i
   RunningStatistics<kWithExtrema<kTensor, T>, In> statistics;
 #pragma unroll 1
   for (int first = begin; first < end; first += T::kTokens) {
+    if (T::kHasUnseen && !tokens.template SomeCount<kTensor>(first)) continue;
     Vector<In> x[kPasses];
     tokens.template Load<kTensor>(x, first);
     AddChunk<kTensor>(statistics, tokens, first, end, x);
@@ -319,15 +320,17 @@ __device__ __forceinline__ void MakeStatistics(const QuantizeParams& params, con
                                                SharedStatistics<kHeadDim>& shared, int head,
                                                int part) {
   if (threadIdx.x < kHeadDim) shared.bad[threadIdx.x] = kNever;
-  __syncthreads();
   const Tokens<In, kAccess, kHeadDim> tokens(kTensor == kKey ? params.key : params.value, head,
                                              params.kv_heads, params.length_kv, params.head_dim,
                                              SeenBy(params, head));
   const int64_t begin = static_cast<int64_t>(part) * plan.tokens_per_part;
   const int64_t end = min(begin + plan.tokens_per_part, static_cast<int64_t>(params.length_kv));
-  const ChannelStatistics all = Combine<kTensor == kValue>(
-      shared, StatisticsOf<kTensor>(tokens, static_cast<int>(min(begin, end)),
-                                    static_cast<int>(end), shared.bad));
+  const int first = static_cast<int>(min(begin, end)), count = static_cast<int>(end) - first;
+  ChannelStatistics all;
+  if (PartCounts<kHeadDim>(tokens, first, count)) {  // and all see `shared`
+    all = Combine<kTensor == kValue>(
+        shared, StatisticsOf<kTensor>(tokens, first, static_cast<int>(end), shared.bad));
+  }
 
   const int c = threadIdx.x;
   const int64_t index = head * static_cast<int64_t>(params.parts) + part;
