@@ -161,7 +161,8 @@ __device__ __forceinline__ Statistics StatisticsOf(const T& tokens, int begin, i
   RunningStatistics<kWithExtrema<kTensor, T>, In> statistics;
 #pragma unroll 1
   for (int first = begin; first < end; first += T::kTokens) {
-    if (T::kHasUnseen && !tokens.template SomeCount<kTensor>(first)) continue;
+    // With segments there are no registers for it.
+    if (T::kHasUnseen && !T::kIsSorted && !tokens.template SomeCount<kTensor>(first)) continue;
     Vector<In> x[kPasses];
     tokens.template Load<kTensor>(x, first);
     AddChunk<kTensor>(statistics, tokens, first, end, x);
