@@ -190,8 +190,7 @@ std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buf
              {s.batch, s.kv_heads, kPieces, s.parts, kPartialRows, hp});
     check.Is("piece_counts", results[10], "S32", {s.batch, s.kv_heads, kPieces, s.parts});
     check.Is("key_slots", results[11], "S32", {s.batch, s.length_kv});
-    check.Is("slot_codes", results[12], "F32",
-             {s.batch, s.kv_heads, s.length_kv, kSlotCodeRows, hp});
+    check.Is("slot_means", results[12], "BF16", {s.batch, s.kv_heads, s.length_kv, hp});
     check.Is("slot_factors", results[13], "F32", {s.batch, s.kv_heads, s.length_kv, 2});
     check.Is("value_code_sum", results[14], "U32", {s.batch, s.kv_heads, s.length_kv, hp, 2});
   } else {

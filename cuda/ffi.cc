@@ -184,7 +184,7 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remai
     params.query_slots = Data<int32_t>(out[8]);
     params.piece_counts = Data<int32_t>(out[10]);
     params.key_slots = Data<int32_t>(out[11]);
-    params.slot_codes = Data<float>(out[12]);
+    params.slot_means = Data<__nv_bfloat16>(out[12]);
     params.slot_factors = Data<float2>(out[13]);
     params.value_code_sum = Data<long long>(out[14]);
   } else {

@@ -176,7 +176,7 @@ def quantize(
 
     ``seen``: whether a key counts, uint8 [B, K, S] or with ones, and without segments 1 / how many
     do, float32 [B, K]. ``segments``: see mask_operands.sorted_segments. A segment's slot is the
-    place of its first key among the sorted ones; tables by slot are as long as the keys: 24 bytes
+    place of its first key among the sorted ones; tables by slot are as long as the keys: 18 bytes
     for each of their padded channels, 8 of them until the attention is done.
     """
     batch = math.prod(query.shape[:-3])
@@ -204,9 +204,10 @@ def quantize(
     code_sum = functools.partial(array, jnp.uint32, batch, kv_heads)
     scratch: tuple[jax.ShapeDtypeStruct, ...]
     if segments:
-        by_slot = functools.partial(array, jnp.float32, batch, kv_heads, length_kv)
+        by_slot = (batch, kv_heads, length_kv)
         quantized += (
-            by_slot(2, hp),  # channels: scale of V, what is added to the output
+            # channels: scale of V, what is added to the output
+            array(jnp.float32, *by_slot, 2, hp),
             first_bad,
             array(jnp.int32, batch, tp),  # query_slots; -1: no key has the id
         )
@@ -215,8 +216,8 @@ def quantize(
             array(jnp.float32, batch, kv_heads, 2, parts, 6, hp),
             array(jnp.int32, batch, kv_heads, 2, parts),  # keys that count
             array(jnp.int32, batch, length_kv),  # slots of the keys
-            by_slot(2, hp),  # mean of K; how codes of V are made
-            by_slot(2),  # size of K; 1 / keys that count
+            array(jnp.bfloat16, *by_slot, hp),  # mean of K
+            array(jnp.float32, *by_slot, 2),  # size of K; 1 / keys that count
             code_sum(length_kv, hp, 2),
         )
     else:

@@ -23,15 +23,19 @@ def permuted(key: int) -> int:
     return key // 16 * 16 + 4 * t + 2 * h + e
 
 
-def kernel_codes(q, k, v, recipe):
+def kernel_codes(q, k, v, recipe, seen=None):
     """The quantized operands in the layout of quantization.Quantized, plus the channel means."""
+    length_q, head_dim = q.shape[-3], q.shape[-1]
+    batch, length_kv, kv_heads, _ = k.shape
+    operands = ()
+    if seen is not None:
+        count = np.broadcast_to(seen, (batch, kv_heads, length_kv)).sum(-1, dtype=np.float32)
+        operands = seen.astype(np.uint8), np.float32(1) / np.maximum(count, np.float32(1))
     run = jax.jit(
         functools.partial(lowering_cuda.quantize, scale_log2=scale_log2(q), recipe=recipe)
     )
     names = "q q_scale q_dot_mean k k_scale v channels first_bad value_code_sum".split()
-    raw = dict(zip(names, map(np.asarray, run(q, k, v)), strict=True))
-    length_q, head_dim = q.shape[-3], q.shape[-1]
-    length_kv = k.shape[-3]
+    raw = dict(zip(names, map(np.asarray, run(q, k, v, seen=operands)), strict=True))
     values = raw["v"].astype(np.float32)
     if recipe.pv == "fp8":
         positions = [permuted(key) for key in range(values.shape[-1])]
@@ -65,18 +69,56 @@ def kernel_codes(q, k, v, recipe):
     }
 
 
-def portable_codes(q, k, v, recipe):
-    run = jax.jit(functools.partial(quantization.quantize, scale_log2=scale_log2(q), recipe=recipe))
-    result = {name: np.asarray(x) for name, x in on_cpu(run, q, k, v)._asdict().items()}
+def portable_codes(q, k, v, recipe, seen=None):
+    def codes(q, k, v, seen):
+        return quantization.quantize(q, k, v, scale_log2=scale_log2(q), recipe=recipe, seen=seen)
+
+    batch, length_kv, kv_heads, _ = k.shape
+    counted = np.broadcast_to(True if seen is None else seen, (batch, kv_heads, length_kv))
+    expected = on_cpu(jax.jit(codes), q, k, v, None if seen is None else counted)
+    result = {name: np.asarray(x) for name, x in expected._asdict().items()}
     result["v"] = result["v"].astype(np.float32)
     result["v_scale"], result["v_offset"] = (result[n][..., 0, :] for n in ("v_scale", "v_offset"))
     # Of the first key, by head, that is not finite; and of the first value or key, by channel.
-    bad_k, bad_v = (np.moveaxis(~np.isfinite(x), -3, -2) for x in (k, v))
+    bad_k, bad_v = (np.moveaxis(~np.isfinite(x), -3, -2) & counted[..., None] for x in (k, v))
     bad_k = bad_k.any(-1, keepdims=True)
     for name, bad in (("first_bad_k", bad_k), ("first_bad", bad_v | bad_k)):
         first = np.where(bad.any(-2), bad.argmax(-2), np.iinfo(np.int32).max)
         result[name] = first[..., 0] if name == "first_bad_k" else first
     return result
+
+
+def assert_codes_are_as_in_portable(q, k, v, recipe, seen=None):
+    actual = kernel_codes(q, k, v, recipe, seen)
+    expected = portable_codes(q, k, v, recipe, seen)
+    for name in ("first_bad", "first_bad_k", "q_scale", "k_scale", "v_scale"):
+        np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
+    for name in ("q", "k", "v"):  # as numbers: a code of V that is zero may have a sign
+        np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
+    # Both products of V's code sum are exact integers; portable sums of codes are FP32.
+    np.testing.assert_array_equal(
+        actual["code_sum"],
+        expected["v"].astype(np.float64).sum(-2) if recipe.smooth_v else 0,
+    )
+    count = k.shape[-3] if seen is None else np.maximum(seen.sum(-1, keepdims=True), 1)
+    average = actual["v_average"].astype(np.float64)
+    offset = average - actual["v_scale"].astype(np.float64) * actual["code_sum"] / count
+    offset = np.where(average == 0, 0, offset)  # nothing was taken
+    # FP32 sums of 1100 codes up to 1.875, times the scale: max|v| times 2^-24 log2(1100) and more.
+    np.testing.assert_allclose(
+        offset, expected["v_offset"], rtol=0, atol=2.0**-20 * np.nanmax(np.abs(v[np.isfinite(v)]))
+    )
+    # A query that is not finite is marked in its scale; its q·k̄ does not matter.
+    finite = np.isfinite(expected["q_scale"])
+    assert np.isfinite(actual["q_dot_mean"][finite]).all()
+    # 128 products in another order.
+    k_max = np.abs(actual["k_mean"]).max()
+    np.testing.assert_allclose(
+        actual["q_dot_mean"][finite],
+        expected["q_dot_mean"][finite],
+        rtol=2.0**-18,
+        atol=2.0**-20 * q.shape[-1] * k_max * np.abs(q[np.isfinite(q)]).max(),
+    )
 
 
 @pytest.mark.parametrize(
@@ -97,35 +139,34 @@ def test_codes_are_bitwise_equal(recipe, kind, head_dim):
     q, k, v = inputs(kind, (2, 200, 4, head_dim), (2, 1100, 2, head_dim))
     k[0, 70, 1, 0], v[1, 900, 0, 2] = np.nan, np.inf
     q[1, 3, 2, 1] = np.nan
-    actual = kernel_codes(q, k, v, recipe)
-    expected = portable_codes(q, k, v, recipe)
-    for name in ("first_bad", "first_bad_k", "q_scale", "k_scale", "v_scale"):
-        np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
-    for name in ("q", "k", "v"):  # as numbers: a code of V that is zero may have a sign
-        np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
-    # Both products of V's code sum are exact integers; portable sums of codes are FP32.
-    np.testing.assert_array_equal(
-        actual["code_sum"],
-        expected["v"].astype(np.float64).sum(-2) if recipe.smooth_v else 0,
-    )
-    average = actual["v_average"].astype(np.float64)
-    offset = average - actual["v_scale"].astype(np.float64) * actual["code_sum"] / 1100
-    offset = np.where(average == 0, 0, offset)  # nothing was taken
-    # FP32 sums of 1100 codes up to 1.875, times the scale: max|v| times 2^-24 log2(1100) and more.
-    np.testing.assert_allclose(
-        offset, expected["v_offset"], rtol=0, atol=2.0**-20 * np.nanmax(np.abs(v[np.isfinite(v)]))
-    )
-    # A query that is not finite is marked in its scale; its q·k̄ does not matter.
-    finite = np.isfinite(expected["q_scale"])
-    assert np.isfinite(actual["q_dot_mean"][finite]).all()
-    # 128 products in another order.
-    k_max = np.abs(actual["k_mean"]).max()
-    np.testing.assert_allclose(
-        actual["q_dot_mean"][finite],
-        expected["q_dot_mean"][finite],
-        rtol=2.0**-18,
-        atol=2.0**-20 * head_dim * k_max * np.abs(q[np.isfinite(q)]).max(),
-    )
+    assert_codes_are_as_in_portable(q, k, v, recipe)
+
+
+# Which of 1100 keys count, [B, K, 1100] or with ones. Chunks are of 64 keys or 128, parts of 512.
+_TOKENS = np.arange(1100)
+SEEN = {
+    "random": np.random.default_rng(1).random((2, 2, 1100)) < 0.7,
+    "lengths": np.stack([_TOKENS < 550, _TOKENS < 1010])[:, None],
+    "the last": (_TOKENS >= 900)[None, None],
+    "by blocks": np.stack([_TOKENS // 64 % 3 == 1, _TOKENS // 128 % 2 == 1])[None],
+    "one key": (_TOKENS == 553)[None, None],
+    "none in a head": np.stack([_TOKENS >= 0, _TOKENS < 0])[None],
+    "none": (_TOKENS < 0)[None, None],
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [(3, "bfloat16"), (64, "float16"), (128, "bfloat16"), (128, "float32"), (200, "bfloat16")],
+)
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_codes_where_some_keys_do_not_count(recipe, head_dim, dtype, name):
+    """Chunks without keys that count are not computed, but are zero all the same."""
+    skip_without_kernel(head_dim)
+    q, k, v = inputs("normal", (2, 150, 4, head_dim), (2, 1100, 2, head_dim), dtype)
+    k[0, 70, 1, 0], k[1, 1099, 0, 2], v[1, 900, 0, 2] = np.nan, -np.inf, np.inf
+    assert_codes_are_as_in_portable(q, k, v, recipe, SEEN[name])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

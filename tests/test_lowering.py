@@ -434,7 +434,7 @@ def right_call(which, recipe="8+8", query=(2, 300, 4, 80), key=(2, 1100, 2, 80))
                 ("F32", [batch, kv_heads, 2, 3, 6, hp]),
                 ("S32", [batch, kv_heads, 2, 3]),
                 ("S32", [batch, tokens]),
-                ("F32", [batch, kv_heads, tokens, 2, hp]),
+                ("BF16", [batch, kv_heads, tokens, hp]),
                 ("F32", [batch, kv_heads, tokens, 2]),
                 ("U32", [batch, kv_heads, tokens, hp, 2]),
             ]
@@ -483,7 +483,7 @@ def by_slot(quantized, tokens):
 
 
 BY_SLOT = [*QUANTIZED[:8], "query_slots"]
-SCRATCH_BY_SLOT = ["partials", "piece_counts", "key_slots", "slot_codes", "slot_factors",
+SCRATCH_BY_SLOT = ["partials", "piece_counts", "key_slots", "slot_means", "slot_factors",
                    "value_code_sum"]  # fmt: skip
 MASKS = ["rows", "groups", "key", "value", "words", "views"]
 IDS = ["query_ids", "key_ids", "query_ranges", "key_ranges"]

@@ -49,8 +49,9 @@ enum ChannelRow : int {
 // Rows of the `channels` buffer with segments, [B, K, S, kSlotRows, Hp]. A segment's slot is the
 // place of its first key among the keys sorted by id.
 enum SlotRow : int {
-  kSlotScale = 0,   // of V
-  kSlotOffset = 1,  // what smoothing took from V; the average until the codes of V have been made
+  // Of V, and until its codes have been made its absmax and average:
+  kSlotScale = 0,
+  kSlotOffset = 1,  // what smoothing took from it
   kSlotRows = 2,
 };
 

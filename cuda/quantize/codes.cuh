@@ -244,6 +244,25 @@ __device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params, co
   }
 }
 
+template <int kHeadDim>
+__device__ __forceinline__ void StoreZeros(void* to, int bytes) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < bytes / 16; i += kThreads<kHeadDim>) {
+    static_cast<uint4*>(to)[i] = make_uint4(0, 0, 0, 0);
+  }
+}
+
+// The codes and scales of `count` keys of which none counts, a multiple of kBlockKv.
+template <int kHeadDim>
+__device__ __forceinline__ void ZeroKeyCodes(const QuantizeParams& params, int head, int first,
+                                             int count) {
+  const int64_t index = head * static_cast<int64_t>(params.padded_kv) + first;
+  StoreZeros<kHeadDim>(params.k + index * kHeadDim, count * kHeadDim);
+  if (threadIdx.x < count / kBlockKv * kKeyScales) {
+    params.k_scale[index / kBlockKv * kKeyScales + threadIdx.x] = kAbsmaxFloor * (1.0f / kInt8Max);
+  }
+}
+
 template <class In, int kAccess, int kHeadDim, class Params>
 __device__ __forceinline__ void MakeKeyCodes(const Params& params, const Plan& plan,
                                              SharedKey<kHeadDim>& shared, int head, int part) {
@@ -254,6 +273,7 @@ __device__ __forceinline__ void MakeKeyCodes(const Params& params, const Plan& p
   const T tokens(params.key, head, params.kv_heads, params.length_kv, params.head_dim,
                  SeenBy(params, head));
   int first = static_cast<int>(begin);
+  bool counts = !T::kHasUnseen || ChunkCounts<kKey>(tokens, first);  // a key of the chunk does
   Vector<In> x[kPasses];
   tokens.template Load<kKey>(x, first);
   auto means = MeansOf<T, kKey>(params, head);
@@ -261,13 +281,17 @@ __device__ __forceinline__ void MakeKeyCodes(const Params& params, const Plan& p
                              kBadKey * kHeadDim) != kNever;
 #pragma unroll 1
   while (true) {
-    if (is_bad) MakeFinite(x);
-    means.Next(first);
-    KeyCodesOfChunk<T>(params, tokens, shared, head, first, x, means);
+    if (counts) {
+      if (is_bad) MakeFinite(x);
+      means.Next(first);
+      KeyCodesOfChunk<T>(params, tokens, shared, head, first, x, means);
+    } else {
+      ZeroKeyCodes<kHeadDim>(params, head, first, min(static_cast<int>(end) - first, T::kTokens));
+    }
     if (end - first <= T::kTokens) return;
     first += T::kTokens;
     tokens.template Load<kKey>(x, first);
-    __syncthreads();  // all have read `shared`
+    counts = ChunkCounts<kKey>(tokens, first);  // all have read `shared`
   }
 }
 
@@ -281,15 +305,15 @@ struct SharedValue {
   float2 inverse[kHeadDim / 2];
 };
 
-// Where a thread's four codes of a channel are in SharedValue::transposed. Words of a channel are
-// exchanged by its group's number: a warp writes to, and reads from, all banks at once. Where a
-// channel has 16 words, those of the upper half of the channels move by 16 more, into the next row:
-// hence one row more.
+// Where a thread's four codes of one of its channels are in SharedValue::transposed. Words of a
+// channel are exchanged by its group's number: a warp writes to, and reads from, all banks at once.
+// Where a channel has 16 words, those of the upper half of the channels move by 16 more, into the
+// next row: hence one row more.
 template <class T>
 constexpr int kExchange = 32 / T::kThreadsPerRow;
 template <class T>
 __device__ __forceinline__ int WordOf(int channel) {
-  return channel * T::kRows + (T::Row() ^ channel / kVector * kExchange<T>);
+  return channel * T::kRows + (T::Row() ^ T::Channel() / kVector * kExchange<T>);
 }
 
 // The codes of a chunk of V in FP8.
@@ -322,8 +346,7 @@ __device__ __forceinline__ void StoreTransposed(const QuantizeParams& params,
 template <bool kFp8, class T, int kHeadDim>
 __device__ __forceinline__ long long ValueCodesOfChunk(
     const QuantizeParams& params, const T& tokens, SharedValue<kHeadDim>& shared, int head,
-    int first,
-    const Vector<typename T::Element> (&x)[kPasses]) {
+    int first, const Vector<typename T::Element> (&x)[kPasses]) {
   const int channel = T::Channel(), lane = threadIdx.x % 32;
   alignas(16) __half2 halves[kPasses][kVector / 2];
 #pragma unroll
@@ -439,6 +462,29 @@ __device__ __forceinline__ void MixedValueCodesOfChunk(const QuantizeParams& par
   if constexpr (kFp8) StoreTransposed<T>(params, shared, head, first);
 }
 
+// The codes of V of such keys.
+template <int kHeadDim>
+__device__ __forceinline__ void ZeroValueCodes(const QuantizeParams& params, int head, int first,
+                                               int count) {
+  const int64_t index = head * static_cast<int64_t>(params.padded_kv);
+  if (!params.fp8_value) {
+    StoreZeros<kHeadDim>(static_cast<__half*>(params.v) + (index + first) * kHeadDim,
+                         count * (kHeadDim * static_cast<int>(sizeof(__half))));
+    return;
+  }
+  constexpr int kWords = kBlockKv / 16;  // of a channel
+#pragma unroll 1
+  for (; count > 0; count -= kBlockKv, first += kBlockKv) {
+    uint8_t* out = static_cast<uint8_t*>(params.v) + index * kHeadDim + first;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kHeadDim * kWords; i += kThreads<kHeadDim>) {
+      const int64_t channel = i / kWords;
+      reinterpret_cast<uint4*>(out + channel * params.padded_kv)[i % kWords] =
+          make_uint4(0, 0, 0, 0);
+    }
+  }
+}
+
 template <class In, int kAccess, int kHeadDim, class Params>
 __device__ __forceinline__ void MakeValueCodes(const Params& params, const Plan& plan,
                                                SharedValue<kHeadDim>& shared, int head, int part) {
@@ -511,14 +557,20 @@ __device__ __forceinline__ void MakeValueCodes(const Params& params, const Plan&
     }
     add_total();
   } else {
+    bool counts = !T::kHasUnseen || ChunkCounts<kValue>(tokens, first);
 #pragma unroll 1
     while (true) {
-      if (is_bad) MakeFinite(x);
-      total += make();
+      if (counts) {
+        if (is_bad) MakeFinite(x);
+        total += make();
+      } else {
+        ZeroValueCodes<kHeadDim>(params, head, first,
+                                 min(static_cast<int>(end) - first, T::kTokens));
+      }
       if (end - first <= T::kTokens) break;
       first += T::kTokens;
       tokens.template Load<kValue>(x, first);
-      __syncthreads();  // all have read `shared`
+      counts = ChunkCounts<kValue>(tokens, first);  // all have read `shared`
     }
     if (params.smooth_v && c < kHeadDim) {
       // Integers: the order of the additions does not show.

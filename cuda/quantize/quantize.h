@@ -1,6 +1,7 @@
 // Quantization of Q, K and V for the attention kernels: parameters and launch.
 #pragma once
 
+#include <cuda_bf16.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
@@ -61,16 +62,13 @@ struct SegmentedParams : QuantizeParams {
   const int32_t* order;                    // the same: whose they are
   int64_t query_id_stride, key_id_stride;  // of batch entries
 
-  int32_t* query_slots;   // [B, Tp]; -1: no key has the id
-  float* slot_channels;   // [B, K, S, kSlotRows, Hp]
-  int32_t* key_slots;     // scratch [B, S]
-  float* slot_codes;      // scratch [B, K, S, kSlotCodeRows, Hp]
-  float2* slot_factors;   // scratch [B, K, S]: size of K, 1 / the keys that count
-  int32_t* piece_counts;  // scratch [B, K, kPieces, parts]: keys that count
+  int32_t* query_slots;       // [B, Tp]; -1: no key has the id
+  float* slot_channels;       // [B, K, S, kSlotRows, Hp]
+  int32_t* key_slots;         // scratch [B, S]
+  __nv_bfloat16* slot_means;  // scratch [B, K, S, Hp], of K
+  float2* slot_factors;       // scratch [B, K, S]: size of K, 1 / the keys that count
+  int32_t* piece_counts;      // scratch [B, K, kPieces, parts]: keys that count
 };
-
-// What the codes are made with, besides slot_channels.
-enum SlotCodeRow : int { kSlotKeyMean = 0, kSlotInverse = 1, kSlotCodeRows = 2 };
 
 // Pieces of segments that a part of the sorted keys shares with others: of a segment that began
 // before it, and of one that begins in it.

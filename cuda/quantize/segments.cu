@@ -8,7 +8,7 @@
 //      finishes those that lie in it as a whole;
 //   3. the segments that lie in several parts: their pieces are put together;
 //   4. codes, in the order of the tokens, as in quantize.cu;
-//   5. what smoothing took from V, by the sums of its codes.
+//   5. V's scales, and what smoothing took from it, by the sums of its codes.
 // Every sum of floats is made in an order that the ids and the lengths alone decide.
 #include <algorithm>
 
@@ -118,12 +118,11 @@ __device__ __forceinline__ void FinishSlot(const SegmentedParams& params,
   const int c = threadIdx.x;
   const int64_t index = head * static_cast<int64_t>(params.length_kv) + slot;
   const float per_key = __fdiv_rn(1.0f, static_cast<float>(max(count, 1)));
-  float* codes = params.slot_codes + index * (kSlotCodeRows * kHeadDim) + c;
   if (kTensor == kKey) {
     float absmax = 0;
     if (c < kHeadDim) {
       const float mean = KeyMean(params, per_key, all);
-      codes[kSlotKeyMean * kHeadDim] = mean;
+      params.slot_means[index * kHeadDim + c] = __float2bfloat16_rn(mean);  // exact
       absmax = AbsmaxFrom(mean, all);
     }
     absmax = MaxOfCta(absmax, shared.warp_max);
@@ -131,9 +130,8 @@ __device__ __forceinline__ void FinishSlot(const SegmentedParams& params,
   } else if (c < kHeadDim) {
     const ValueChannel value(params, per_key, all);
     float* channels = params.slot_channels + index * (kSlotRows * kHeadDim) + c;
-    channels[kSlotScale * kHeadDim] = value.scale;
+    channels[kSlotScale * kHeadDim] = value.absmax;
     channels[kSlotOffset * kHeadDim] = value.average;
-    codes[kSlotInverse * kHeadDim] = value.inverse;
     params.value_code_sum[index * kHeadDim + c] = 0;
     if (c == 0) params.slot_factors[index].y = per_key;
   }
@@ -301,7 +299,7 @@ __global__ void __launch_bounds__(kThreads<kHeadDim>, kCtasPerSm<In, kAccess, kH
 
 // A CTA goes over as many places of a head's sorted keys as it has threads.
 template <int kHeadDim>
-__global__ void __launch_bounds__(kThreads<kHeadDim>) FinishOffsets(const SegmentedParams params) {
+__global__ void __launch_bounds__(kThreads<kHeadDim>) FinishChannels(const SegmentedParams params) {
   if (!kIsBuilt<kHeadDim>) return;
   constexpr int kPlaces = kThreads<kHeadDim>;
   __shared__ uint32_t begins[kPlaces / 32];
@@ -321,14 +319,15 @@ __global__ void __launch_bounds__(kThreads<kHeadDim>) FinishOffsets(const Segmen
     if ((begins[i / 32] >> i % 32 & 1) == 0) continue;
     const int64_t slot = head * static_cast<int64_t>(params.length_kv) + first + i;
     float* channels = params.slot_channels + slot * (kSlotRows * kHeadDim) + c;
-    const float average = channels[kSlotOffset * kHeadDim];
+    const ValueChannel value(channels[kSlotOffset * kHeadDim], channels[kSlotScale * kHeadDim]);
     const float code_mean =
         static_cast<float>(static_cast<double>(params.value_code_sum[slot * kHeadDim + c]) *
                            kCodeUnit) *
         params.slot_factors[slot].y;
+    channels[kSlotScale * kHeadDim] = value.scale;
     // 0: nothing was taken from V, and nothing is given back.
     channels[kSlotOffset * kHeadDim] =
-        average == 0 ? 0 : average - channels[kSlotScale * kHeadDim] * code_mean;
+        value.average == 0 ? 0 : value.average - value.scale * code_mean;
   }
 }
 
@@ -342,8 +341,8 @@ cudaError_t LaunchSegments(const SegmentedParams& params, cudaStream_t stream) {
   const int64_t tokens = params.batch * (static_cast<int64_t>(params.length_kv) + params.padded_q);
   const int64_t slot_blocks = ceil_div(tokens + units * kHeadDim, kSlotThreads);
   static_assert(kBadRows == 2, "of a unit K and V");
-  const int64_t offset_blocks = units / 2 * ceil_div(params.length_kv, kThreads<kHeadDim>);
-  if (std::max({items + query_items, slot_blocks, offset_blocks}) > INT32_MAX) {
+  const int64_t channel_blocks = units / 2 * ceil_div(params.length_kv, kThreads<kHeadDim>);
+  if (std::max({items + query_items, slot_blocks, channel_blocks}) > INT32_MAX) {
     return cudaErrorInvalidConfiguration;
   }
   Plan plan{};
@@ -358,9 +357,7 @@ cudaError_t LaunchSegments(const SegmentedParams& params, cudaStream_t stream) {
   JoinSegments<kHeadDim><<<blocks(items), kThreads<kHeadDim>, 0, stream>>>(params, plan);
   SegmentCodes<In, kAccess, kHeadDim>
       <<<blocks(items + query_items), kThreads<kHeadDim>, 0, stream>>>(params, plan);
-  if (params.smooth_v) {
-    FinishOffsets<kHeadDim><<<blocks(offset_blocks), kThreads<kHeadDim>, 0, stream>>>(params);
-  }
+  FinishChannels<kHeadDim><<<blocks(channel_blocks), kThreads<kHeadDim>, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

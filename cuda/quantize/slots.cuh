@@ -14,18 +14,13 @@ template <class T, Tensor kTensor>
 class SlotMeans {
  public:
   static constexpr bool kBySlot = true;
+  static constexpr int kHeadDim = T::kThreadsPerRow * kVector;
   float mean[kVector];
 
-  __device__ __forceinline__ SlotMeans(const SegmentedParams& params, int kv_head) {
-    constexpr int kHeadDim = T::kThreadsPerRow * kVector;
-    const int64_t first_slot = kv_head * static_cast<int64_t>(params.length_kv);
-    const int64_t batch = kv_head / params.kv_heads;
-    table_ = params.slot_codes + first_slot * (kSlotCodeRows * kHeadDim) + kSlotKeyMean * kHeadDim +
-             T::Channel();
-    factors_ = params.slot_factors + first_slot;
-    last_ = (kTensor == kKey ? params.length_kv : params.padded_q) - 1;
-    slots_ = (kTensor == kKey ? params.key_slots : params.query_slots) + batch * (last_ + 1);
-  }
+  __device__ __forceinline__ SlotMeans(const SegmentedParams& params, int kv_head)
+      : params_(params),
+        first_slot_(kv_head * static_cast<int64_t>(params.length_kv)),
+        first_token_(kv_head / params.kv_heads * static_cast<int64_t>(Length())) {}
 
   // The chunk that begins with a token.
   __device__ __forceinline__ void Next(int first) {
@@ -49,12 +44,19 @@ class SlotMeans {
   }
   __device__ __forceinline__ float SizeOf(int token) const {
     const int slot = SlotOf(token);
-    return slot < 0 ? 1 : __ldg(&factors_[slot].x);
+    return slot < 0 ? 1 : LoadSize(slot);
   }
 
  private:
+  __device__ __forceinline__ int Length() const {
+    return kTensor == kKey ? params_.length_kv : params_.padded_q;
+  }
   __device__ __forceinline__ int SlotOf(int token) const {
-    return __ldg(slots_ + min(token, last_));
+    const int32_t* slots = kTensor == kKey ? params_.key_slots : params_.query_slots;
+    return __ldg(slots + first_token_ + min(token, Length() - 1));
+  }
+  __device__ __forceinline__ float LoadSize(int slot) const {
+    return __ldg(&params_.slot_factors[first_slot_ + slot].x);
   }
   __device__ __forceinline__ void Load(int slot) {
     if (slot < 0) {
@@ -63,16 +65,15 @@ class SlotMeans {
       inverse_size_ = 1;
       return;
     }
-    constexpr int kHeadDim = T::kThreadsPerRow * kVector;
-    LoadFloats(mean, table_ + slot * static_cast<int64_t>(kSlotCodeRows * kHeadDim));
-    // A power of two: exact.
-    if (kTensor == kKey) inverse_size_ = __frcp_rn(__ldg(&factors_[slot].x));
+    const __nv_bfloat16* from = params_.slot_means + (first_slot_ + slot) * kHeadDim + T::Channel();
+    Vector<__nv_bfloat16> vector;
+    *reinterpret_cast<uint4*>(vector.pairs) = __ldg(reinterpret_cast<const uint4*>(from));
+    ToFloats(mean, vector);
+    if (kTensor == kKey) inverse_size_ = __frcp_rn(LoadSize(slot));  // a power of two: exact
   }
 
-  const float* table_;
-  const float2* factors_;
-  const int32_t* slots_;
-  int last_;
+  const SegmentedParams& params_;
+  int64_t first_slot_, first_token_;
   int slot_[kPasses];
   bool is_alike_;
   float inverse_size_;
@@ -93,16 +94,12 @@ class SlotValues {
   static constexpr int kHeadDim = T::kThreadsPerRow * kVector;
 
   __device__ __forceinline__ SlotValues(const SegmentedParams& params, int head)
-      : with_sums_(params.smooth_v), last_(params.length_kv - 1) {
-    const int64_t first_slot = head * static_cast<int64_t>(params.length_kv);
-    slots_ = params.key_slots + head / params.kv_heads * static_cast<int64_t>(params.length_kv);
-    channels_ = params.slot_channels + first_slot * (kSlotRows * kHeadDim);
-    codes_ = params.slot_codes + first_slot * (kSlotCodeRows * kHeadDim);
-    sums_ = reinterpret_cast<unsigned long long*>(params.value_code_sum) + first_slot * kHeadDim;
-  }
+      : params_(params),
+        first_slot_(head * static_cast<int64_t>(params.length_kv)),
+        first_key_(head / params.kv_heads * static_cast<int64_t>(params.length_kv)) {}
 
   __device__ __forceinline__ int SlotOf(int token) const {
-    return __ldg(slots_ + min(token, last_));
+    return __ldg(params_.key_slots + first_key_ + min(token, params_.length_kv - 1));
   }
   // The slot of all tokens of the chunk that begins with `first`, or -1. Synchronizes.
   __device__ __forceinline__ int SlotOfChunk(int first) const {
@@ -116,33 +113,28 @@ class SlotValues {
   }
 
   __device__ __forceinline__ ValuePair Load(int slot, int pair) const {
-    const float* channels = channels_ + slot * static_cast<int64_t>(kSlotRows * kHeadDim);
-    const float* codes = codes_ + slot * static_cast<int64_t>(kSlotCodeRows * kHeadDim);
-    const auto load = [&](const float* row) {
-      return __ldg(reinterpret_cast<const float2*>(row) + pair);
+    const float* channels = params_.slot_channels + (first_slot_ + slot) * (kSlotRows * kHeadDim);
+    const auto load = [&](SlotRow row) {
+      return __ldg(reinterpret_cast<const float2*>(channels + row * kHeadDim) + pair);
     };
-    const float2 scale = load(channels + kSlotScale * kHeadDim);
-    const float2 average = load(channels + kSlotOffset * kHeadDim);
-    return {make_float2(ValueMean(average.x), ValueMean(average.y)),
-            make_float2(DownscaleOf(scale.x), DownscaleOf(scale.y)),
-            load(codes + kSlotInverse * kHeadDim)};
+    const float2 average = load(kSlotOffset), absmax = load(kSlotScale);
+    const ValueChannel x(average.x, absmax.x), y(average.y, absmax.y);
+    return {make_float2(x.mean, y.mean), make_float2(x.down, y.down),
+            make_float2(x.inverse, y.inverse)};
   }
 
   // Integers: the order of the additions does not show.
   __device__ __forceinline__ void AddSum(int slot, int channel, long long sum) const {
-    if (with_sums_ && sum != 0) {
-      atomicAdd(sums_ + slot * static_cast<int64_t>(kHeadDim) + channel,
+    if (params_.smooth_v && sum != 0) {
+      atomicAdd(reinterpret_cast<unsigned long long*>(params_.value_code_sum) +
+                    (first_slot_ + slot) * kHeadDim + channel,
                 static_cast<unsigned long long>(sum));
     }
   }
 
  private:
-  bool with_sums_;
-  int last_;
-  const int32_t* slots_;
-  const float* channels_;
-  const float* codes_;
-  unsigned long long* sums_;
+  const SegmentedParams& params_;
+  int64_t first_slot_, first_key_;
 };
 
 }  // namespace jax_sage::quantize

@@ -161,6 +161,8 @@ __device__ __forceinline__ Statistics StatisticsOf(const T& tokens, int begin, i
   RunningStatistics<kWithExtrema<kTensor, T>, In> statistics;
 #pragma unroll 1
   for (int first = begin; first < end; first += T::kTokens) {
+    // With segments there are no registers for it.
+    if (T::kHasUnseen && !T::kIsSorted && !tokens.template SomeCount<kTensor>(first)) continue;
     Vector<In> x[kPasses];
     tokens.template Load<kTensor>(x, first);
     AddChunk<kTensor>(statistics, tokens, first, end, x);
@@ -239,27 +241,28 @@ __device__ __forceinline__ float KeyMean(const QuantizeParams& params, float per
   return __bfloat162float(__float2bfloat16_rn(mean));
 }
 
-// What is subtracted from V.
-__device__ __forceinline__ float ValueMean(float average) {
-  return __bfloat162float(__float2bfloat16_rn(average));
-}
-// Of V's channel with a scale: whether its absmax was beyond 1, from which the scale is rounded.
-__device__ __forceinline__ float DownscaleOf(float scale) {
-  return scale > 1.0f / kVMax ? kDownscale : 1;
-}
-
 // The largest magnitude after a mean was taken off, exactly: subtraction rounds monotonously.
 __device__ __forceinline__ float AbsmaxFrom(float mean, const ChannelStatistics& all) {
   return fmaxf(fmaxf(all.max - mean, mean - all.min), kAbsmaxFloor);
 }
 
 struct ValueChannel {
-  float average, mean, scale, down, inverse;
+  float average, mean, absmax, scale, down, inverse;
   __device__ __forceinline__ ValueChannel(const QuantizeParams& params, float per_token,
                                           const ChannelStatistics& all) {
     average = params.smooth_v ? UsableMean(all.sum, per_token) : 0;
-    mean = ValueMean(average);
-    const float absmax = AbsmaxFrom(mean, all);
+    mean = Round(average);
+    absmax = AbsmaxFrom(mean, all);
+    Scale();
+  }
+  __device__ __forceinline__ ValueChannel(float average, float absmax)
+      : average(average), mean(Round(average)), absmax(absmax) {
+    Scale();
+  }
+  __device__ __forceinline__ static float Round(float average) {
+    return __bfloat162float(__float2bfloat16_rn(average));
+  }
+  __device__ __forceinline__ void Scale() {
     scale = absmax * (1.0f / kVMax);
     down = absmax > 1 ? kDownscale : 1;
     inverse = __fdiv_rn(kVMax, absmax * down);
@@ -318,15 +321,17 @@ __device__ __forceinline__ void MakeStatistics(const QuantizeParams& params, con
                                                SharedStatistics<kHeadDim>& shared, int head,
                                                int part) {
   if (threadIdx.x < kHeadDim) shared.bad[threadIdx.x] = kNever;
-  __syncthreads();
   const Tokens<In, kAccess, kHeadDim> tokens(kTensor == kKey ? params.key : params.value, head,
-                                           params.kv_heads, params.length_kv, params.head_dim,
-                                           SeenBy(params, head));
+                                             params.kv_heads, params.length_kv, params.head_dim,
+                                             SeenBy(params, head));
   const int64_t begin = static_cast<int64_t>(part) * plan.tokens_per_part;
   const int64_t end = min(begin + plan.tokens_per_part, static_cast<int64_t>(params.length_kv));
-  const ChannelStatistics all = Combine<kTensor == kValue>(
-      shared, StatisticsOf<kTensor>(tokens, static_cast<int>(min(begin, end)),
-                                    static_cast<int>(end), shared.bad));
+  const int first = static_cast<int>(min(begin, end)), count = static_cast<int>(end) - first;
+  ChannelStatistics all;
+  if (PartCounts<kHeadDim>(tokens, first, count)) {  // and all see `shared`
+    all = Combine<kTensor == kValue>(
+        shared, StatisticsOf<kTensor>(tokens, first, static_cast<int>(end), shared.bad));
+  }
 
   const int c = threadIdx.x;
   const int64_t index = head * static_cast<int64_t>(params.parts) + part;

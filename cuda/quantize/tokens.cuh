@@ -142,9 +142,10 @@ struct Tokens {
   static constexpr int kRows = kThreads<kHeadDim> / kThreadsPerRow;
   static constexpr int kTokens = kRows * kPasses;
   static constexpr bool kIsSorted = (kAccess & kSorted) != 0;
+  static constexpr bool kHasUnseen = (kAccess & kSomeSeen) != 0;
 
   const In* data;
-  const uint8_t* seen;  // by token with kSomeSeen; null: all
+  const uint8_t* seen;             // by token with kSomeSeen; null: all
   const int32_t* order = nullptr;  // by place with kSorted
   int64_t stride;
   int length;
@@ -172,7 +173,7 @@ struct Tokens {
   // Whether the token counts: it is one, and a query sees it.
   __device__ __forceinline__ bool Counts(int token) const {
     if (token >= length) return false;
-    if constexpr ((kAccess & kSomeSeen) == 0) return true;
+    if constexpr (!kHasUnseen) return true;
     return seen == nullptr || __ldg(seen + Position(token)) != 0;
   }
 
@@ -211,7 +212,38 @@ struct Tokens {
     return Row() / 4 * 16 + Row() % 4 * 2 + pass / 2 * 8 + pass % 2;
   }
   static_assert(kRows % 8 == 0 && kPasses == 4);
+
+  // Whether one of the thread's tokens of a chunk counts.
+  template <Tensor kTensor>
+  __device__ __forceinline__ bool SomeCount(int first) const {
+    bool some = false;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) some |= Counts(first + RowOfPass<kTensor>(pass));
+    return some;
+  }
 };
+
+// Whether a token of a chunk counts, for all threads alike. Synchronizes.
+template <Tensor kTensor, class T>
+__device__ __forceinline__ bool ChunkCounts(const T& tokens, int first) {
+  if constexpr (T::kHasUnseen) return __syncthreads_or(tokens.template SomeCount<kTensor>(first));
+  __syncthreads();
+  return true;
+}
+// Whether one of `count` tokens does. Synchronizes.
+template <int kHeadDim, class T>
+__device__ __forceinline__ bool PartCounts(const T& tokens, int first, int count) {
+  if constexpr (T::kHasUnseen) {
+    bool some = false;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < count; i += kThreads<kHeadDim>) {
+      some |= tokens.Counts(first + i);
+    }
+    return __syncthreads_or(some);
+  }
+  __syncthreads();
+  return true;
+}
 
 __device__ __forceinline__ void StoreFloats(float* to, const float (&x)[kVector]) {
   reinterpret_cast<float4*>(to)[0] = make_float4(x[0], x[1], x[2], x[3]);
