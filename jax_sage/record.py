@@ -121,7 +121,8 @@ def check(root: pathlib.Path) -> pathlib.Path:
     }
     path = root / RECORDS / f"{device.device_kind.replace(' ', '-').lower()}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")  # if the example does not come to its end
+    # Before the example too, in case it does not come to its end.
+    path.write_text(json.dumps(record, indent=1) + "\n")
     record["image_generation"] = run_example(root)
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(bench.table(record["speed"]))
@@ -138,7 +139,7 @@ def run_tests(root: pathlib.Path) -> dict[str, int]:
     processes = min(16, os.cpu_count() or 1)  # most of the time goes to compilation
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder) / "report.xml"
-        command = [sys.executable, "-P", "-m", "pytest", "tests", "-m", "gpu"]
+        command = [sys.executable, "-P", "-m", "pytest", "tests", "-m", "gpu", "--durations=10"]
         subprocess.run(
             [*command, "-n", str(processes), "--dist=worksteal", f"--junitxml={report}"],
             cwd=root,

@@ -600,8 +600,8 @@ def test_sanitizer(tool, summary, calls, tmp_path):
     env = {
         **os.environ,
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        # XLA's compiler runs kernels to choose among them, which has hung under memcheck: it runs
-        # before, without it, and the tool's run takes the programs from the cache.
+        # XLA's compilation has hung under memcheck: it happens before, without the tool, whose run
+        # takes the programs from the cache.
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
