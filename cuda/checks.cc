@@ -103,10 +103,11 @@ void ReadTokens(Checker& check, const char* name, const Buffer& buffer, int64_t&
 void Pad(Sizes& s) {
   s.padded_q = RoundUp(s.length_q, kBlockQ);
   s.padded_kv = RoundUp(s.length_kv, kBlockKv);
-  s.padded_head_dim = s.head_dim <= 64 ? 64 : 128;
+  s.padded_head_dim = s.head_dim <= 64 ? 64 : s.head_dim <= 128 ? 128 : 256;
 }
 
-// The nine buffers that pass from quantization to attention.
+// The nine buffers that pass from quantization to attention. With segments scales and offsets of V
+// are by slot, and finished; the slots of the queries take the place of the sums.
 void CheckQuantized(Checker& check, const std::vector<Buffer>& b, Sizes& s) {
   s.fp8_value = b[5].dtype == "F8E4M3FN";
   const int64_t hp = s.padded_head_dim;
@@ -120,14 +121,20 @@ void CheckQuantized(Checker& check, const std::vector<Buffer>& b, Sizes& s) {
   } else {
     check.Is("v", b[5], "F16", {s.batch, s.kv_heads, s.padded_kv, hp});
   }
-  check.Is("channels", b[6], "F32", {s.batch, s.kv_heads, kChannelRows, hp});
   check.Is("first_bad", b[7], "S32", {s.batch, s.kv_heads, kBadRows, hp});
-  check.Is("value_code_sum", b[8], "U32", {s.batch, s.kv_heads, hp, 2});
+  if (s.kinds.segments) {
+    check.Is("channels", b[6], "F32", {s.batch, s.kv_heads, s.length_kv, kSlotRows, hp});
+    check.Is("query_slots", b[8], "S32", {s.batch, s.padded_q});
+  } else {
+    check.Is("channels", b[6], "F32", {s.batch, s.kv_heads, kChannelRows, hp});
+    check.Is("value_code_sum", b[8], "U32", {s.batch, s.kv_heads, hp, 2});
+  }
 }
 
 void CheckHeads(Checker& check, const Sizes& s) {
-  check.Require(s.head_dim >= 1 && s.head_dim <= 128,
-                "head_dim is " + std::to_string(s.head_dim) + ", allowed: 1 to 128");
+  check.Require(s.head_dim >= 1 && s.head_dim <= kMaxHeadDim,
+                "head_dim is " + std::to_string(s.head_dim) + ", allowed: 1 to " +
+                    std::to_string(kMaxHeadDim));
   check.Require(s.kv_heads >= 1 && s.heads % s.kv_heads == 0,
                 std::to_string(s.heads) + " query heads are not a multiple of " +
                     std::to_string(s.kv_heads) + " key/value heads");
@@ -139,11 +146,14 @@ std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buf
                           const Attrs& attrs, Sizes* sizes) {
   Checker check("quantize");
   const bool some_seen = check.Flag(attrs, "some_seen");
-  check.Count("arguments", args.size(), some_seen ? 5 : 3);
-  check.Count("results", results.size(), 11);
+  const bool segments = check.Flag(attrs, "segments");
+  check.Require(some_seen || !segments, "attribute segments needs some_seen");
+  check.Count("arguments", args.size(), segments ? 7 : some_seen ? 5 : 3);
+  check.Count("results", results.size(), segments ? 15 : 11);
   if (!check.Ok()) return check.message();
 
   Sizes s;
+  s.kinds.segments = segments;
   int64_t batch = 0;
   ReadTokens(check, "query", args[0], s.batch, s.length_q, s.heads, s.head_dim);
   int64_t head_dim = 0;
@@ -157,18 +167,36 @@ std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buf
   if (!check.Ok()) return check.message();
   if (some_seen) {
     check.IsOrOne("seen", args[3], "U8", {s.batch, s.kv_heads, s.length_kv}, 3);
-    check.Is("per_counted_key", args[4], "F32", {s.batch, s.kv_heads});
   }
 
   Pad(s);
+  if (segments) {
+    check.IsOrOne("query_ids", args[4], "S32", {s.batch, s.padded_q}, 1);
+    check.IsOrOne("sorted_ids", args[5], "S32", {s.batch, s.length_kv}, 1);
+    check.Is("order", args[6], "S32", args[5].dims);
+  } else if (some_seen) {
+    check.Is("per_counted_key", args[4], "F32", {s.batch, s.kv_heads});
+  }
   CheckQuantized(check, results, s);
   const Buffer& partials = results[9];
-  check.Require(partials.dims.size() == 5, "partials must have rank 5");
+  const size_t lead = segments ? 3 : 2;
+  check.Require(partials.dims.size() == lead + 3,
+                "partials must have rank " + std::to_string(lead + 3));
   if (!check.Ok()) return check.message();
-  s.parts = partials.dims[2];
-  check.Is("partials", partials, "F32",
-           {s.batch, s.kv_heads, s.parts, kPartialRows, s.padded_head_dim});
-  check.Is("arrivals", results[10], "S32", {s.batch, s.kv_heads, 2});
+  s.parts = partials.dims[lead];
+  const int64_t hp = s.padded_head_dim;
+  if (segments) {
+    check.Is("partials", partials, "F32",
+             {s.batch, s.kv_heads, kPieces, s.parts, kPartialRows, hp});
+    check.Is("piece_counts", results[10], "S32", {s.batch, s.kv_heads, kPieces, s.parts});
+    check.Is("key_slots", results[11], "S32", {s.batch, s.length_kv});
+    check.Is("slot_means", results[12], "BF16", {s.batch, s.kv_heads, s.length_kv, hp});
+    check.Is("slot_factors", results[13], "F32", {s.batch, s.kv_heads, s.length_kv, 2});
+    check.Is("value_code_sum", results[14], "U32", {s.batch, s.kv_heads, s.length_kv, hp, 2});
+  } else {
+    check.Is("partials", partials, "F32", {s.batch, s.kv_heads, s.parts, kPartialRows, hp});
+    check.Is("arrivals", results[10], "S32", {s.batch, s.kv_heads, 2});
+  }
   check.Require(s.parts >= 1 && s.parts <= s.length_kv,
                 "partials cuts " + std::to_string(s.length_kv) + " keys into " +
                     std::to_string(s.parts) + " parts");
@@ -182,22 +210,24 @@ std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buf
 
 namespace {
 
-// What follows the nine buffers of a masked call. Their places are in ffi.cc.
+// What follows the nine buffers of a masked call. ReadMasks in ffi.cc repeats their places.
 void CheckMasks(Checker& check, const std::vector<Buffer>& args, const Buffer& out, const Sizes& s,
                 const MaskKinds& kinds) {
   const int64_t groups = s.padded_q / kMaskRows;
   const int64_t tiles = RoundUp(s.length_kv, kMaskKeys) / kMaskKeys;
-  check.Is("per_counted_key", args[9], "F32", {s.batch, s.kv_heads});
-  check.IsOrOne("rows", args[10], "S32", {s.batch, s.padded_q, 2}, 1);
-  check.IsOrOne("groups", args[11], "S32", {s.batch, groups, 4}, 1);
+  size_t next = 9;
+  if (!kinds.segments) check.Is("per_counted_key", args[next++], "F32", {s.batch, s.kv_heads});
+  check.IsOrOne("rows", args[next], "S32", {s.batch, s.padded_q, 2}, 1);
+  check.IsOrOne("groups", args[next + 1], "S32", {s.batch, groups, 4}, 1);
   std::vector<int64_t> tokens = out.dims;
   tokens[tokens.size() - 3] = s.length_kv;
   tokens[tokens.size() - 2] = s.kv_heads;
-  check.Is("key", args[12], out.dtype, tokens);
-  check.Is("value", args[13], out.dtype, tokens);
-  size_t next = 14;
+  check.Is("key", args[next + 2], out.dtype, tokens);
+  check.Is("value", args[next + 3], out.dtype, tokens);
+  next += 4;
   if (kinds.mask) {
-    check.IsOrOne("words", args[next], "U32", {s.batch, s.heads, tiles, s.padded_q, 4}, 1 | 2 | 4 | 8);
+    check.IsOrOne("words", args[next], "U32", {s.batch, s.heads, tiles, s.padded_q, 4},
+                  1 | 2 | 4 | 8);
     check.IsOrOne("views", args[next + 1], "U8", {s.batch, s.heads, groups, tiles}, 1 | 2 | 4 | 8);
     next += 2;
   }
@@ -231,7 +261,7 @@ std::string CheckAttention(const std::vector<Buffer>& args, const std::vector<Bu
   check.Require(kinds.masked || !(kinds.mask || kinds.segments || kinds.bias),
                 "attributes mask, segments and bias need masked");
   check.Count("arguments", args.size(),
-              9 + (kinds.masked ? 5 : 0) + (kinds.mask ? 2 : 0) + (kinds.segments ? 4 : 0) +
+              9 + (kinds.masked ? 5 : 0) + (kinds.mask ? 2 : 0) + (kinds.segments ? 4 - 1 : 0) +
                   (kinds.bias ? 1 : 0));
   check.Count("results", results.size(), 2);
   if (!check.Ok()) return check.message();
@@ -244,6 +274,7 @@ std::string CheckAttention(const std::vector<Buffer>& args, const std::vector<Bu
   if (!check.Ok()) return check.message();
   s.length_kv = static_cast<int64_t>(length_kv);
   s.kv_heads = args[3].dims[1];
+  s.kinds = kinds;
   CheckHeads(check, s);
   if (!check.Ok()) return check.message();
 
@@ -260,7 +291,6 @@ std::string CheckAttention(const std::vector<Buffer>& args, const std::vector<Bu
   check.Require(accumulator == 16 || accumulator == 32,
                 "attribute pv_accumulator must be 16 or 32");
   check.Flag(attrs, "mma_sync");
-  s.kinds = kinds;
   if (check.Ok() && sizes != nullptr) *sizes = s;
   return check.message();
 }

@@ -28,7 +28,7 @@ struct Sizes {
   int64_t length_kv = 0, kv_heads = 0;
   int64_t padded_q = 0, padded_kv = 0, padded_head_dim = 0;
   int64_t parts = 0;
-  MaskKinds kinds;
+  MaskKinds kinds;  // of quantization `segments` alone
   bool fp8_value = false;
 };
 

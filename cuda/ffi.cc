@@ -106,8 +106,30 @@ ffi::Error Collect(ffi::RemainingArgs args, std::vector<ffi::AnyBuffer>& buffers
   return ffi::Error::Success();
 }
 
+// Whether this GPU runs the kernels for Hopper: the build has some.
+ffi::Error IsOnHopper(const char* call, bool& result) {
+#ifndef JAX_SAGE_SM90
+  result = false;
+  return ffi::Error::Success();
+#endif
+  int device = 0, major = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  }
+  result = major == 9;
+  return FromCuda(call, error);
+}
+
+ffi::Error TooManyChannels(const char* call, int64_t head_dim) {
+  return Invalid(std::string("jax_sage: ") + call + ": head_dim is " + std::to_string(head_dim) +
+                 ", and the kernels on mma.sync take up to " + std::to_string(kMaxHeadDimMma) +
+                 ": this call was lowered for a Hopper GPU");
+}
+
 ffi::Error QuantizeImpl(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                        float scale_log2, int64_t smooth_k, int64_t smooth_v, int64_t some_seen) {
+                        float scale_log2, int64_t smooth_k, int64_t smooth_v, int64_t some_seen,
+                        int64_t segments) {
   std::vector<ffi::AnyBuffer> in;
   std::vector<Buffer> described;
   if (auto error = Collect(args, in, described); error.failure()) return error;
@@ -120,16 +142,21 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remai
     results.push_back(Describe(out.back()));
   }
   Sizes sizes;
-  const std::string message =
-      CheckQuantize(described, results,
-                    {{"scale_log2", scale_log2},
-                     {"smooth_k", static_cast<double>(smooth_k)},
-                     {"smooth_v", static_cast<double>(smooth_v)},
-                     {"some_seen", static_cast<double>(some_seen)}},
-                    &sizes);
+  const std::string message = CheckQuantize(described, results,
+                                            {{"scale_log2", scale_log2},
+                                             {"smooth_k", static_cast<double>(smooth_k)},
+                                             {"smooth_v", static_cast<double>(smooth_v)},
+                                             {"some_seen", static_cast<double>(some_seen)},
+                                             {"segments", static_cast<double>(segments)}},
+                                            &sizes);
   if (!message.empty()) return Invalid(message);
+  if (sizes.head_dim > kMaxHeadDimMma) {
+    bool on_hopper = false;
+    if (auto error = IsOnHopper("quantize", on_hopper); error.failure()) return error;
+    if (!on_hopper) return TooManyChannels("quantize", sizes.head_dim);
+  }
 
-  QuantizeParams params{};
+  SegmentedParams params{};
   params.query = in[0].untyped_data();
   params.key = in[1].untyped_data();
   params.value = in[2].untyped_data();
@@ -138,7 +165,6 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remai
     params.seen = Data<uint8_t>(in[3]);
     params.seen_batch_stride = Stride(in[3], 0);
     params.seen_head_stride = Stride(in[3], 1);
-    params.per_counted_key = Data<float>(in[4]);
   }
   params.q = Data<int8_t>(out[0]);
   params.q_scale = Data<float>(out[1]);
@@ -146,11 +172,27 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remai
   params.k = Data<int8_t>(out[3]);
   params.k_scale = Data<float>(out[4]);
   params.v = out[5].untyped_data();
-  params.channels = Data<float>(out[6]);
   params.first_bad = Data<int32_t>(out[7]);
-  params.value_code_sum = Data<long long>(out[8]);
   params.partials = Data<float>(out[9]);
-  params.arrivals = Data<int32_t>(out[10]);
+  if (segments != 0) {
+    params.query_ids = Data<int32_t>(in[4]);
+    params.query_id_stride = Stride(in[4], 0);
+    params.sorted_ids = Data<int32_t>(in[5]);
+    params.key_id_stride = Stride(in[5], 0);
+    params.order = Data<int32_t>(in[6]);
+    params.slot_channels = Data<float>(out[6]);
+    params.query_slots = Data<int32_t>(out[8]);
+    params.piece_counts = Data<int32_t>(out[10]);
+    params.key_slots = Data<int32_t>(out[11]);
+    params.slot_means = Data<__nv_bfloat16>(out[12]);
+    params.slot_factors = Data<float2>(out[13]);
+    params.value_code_sum = Data<long long>(out[14]);
+  } else {
+    if (some_seen != 0) params.per_counted_key = Data<float>(in[4]);
+    params.channels = Data<float>(out[6]);
+    params.value_code_sum = Data<long long>(out[8]);
+    params.arrivals = Data<int32_t>(out[10]);
+  }
   params.batch = sizes.batch;
   params.heads = static_cast<int>(sizes.heads);
   params.kv_heads = static_cast<int>(sizes.kv_heads);
@@ -166,17 +208,22 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remai
   params.smooth_k = smooth_k != 0;
   params.smooth_v = smooth_v != 0;
   params.fp8_value = sizes.fp8_value;
-  return FromCuda("quantize", LaunchQuantize(params, stream));
+  return FromCuda("quantize", segments != 0 ? LaunchQuantizeSegments(params, stream)
+                                            : LaunchQuantize(params, stream));
 }
 
 // The buffers behind the nine of every call, in the order of CheckMasks.
-MaskParams ReadMasks(const std::vector<ffi::AnyBuffer>& in, const MaskKinds& kinds) {
-  MaskParams masks{};
-  masks.rows = Data<const int2>(in[10]);
-  masks.row_stride = Stride(in[10], 0) / 2;
-  masks.groups = Data<const int4>(in[11]);
-  masks.group_stride = Stride(in[11], 0) / 4;
-  size_t next = 14;
+void ReadMasks(const std::vector<ffi::AnyBuffer>& in, const MaskKinds& kinds,
+               AttentionParams& params, MarkParams& mark) {
+  size_t next = 9;
+  if (!kinds.segments) params.per_counted_key = Data<float>(in[next++]);
+  MaskParams& masks = params.masks;
+  masks.rows = Data<const int2>(in[next]);
+  masks.row_stride = Stride(in[next], 0) / 2;
+  masks.groups = Data<const int4>(in[next + 1]);
+  masks.group_stride = Stride(in[next + 1], 0) / 4;
+  mark = {in[next + 2].untyped_data(), in[next + 3].untyped_data(), params.first_bad};
+  next += 4;
   if (kinds.mask) {
     const ffi::AnyBuffer& words = in[next];
     const ffi::AnyBuffer& views = in[next + 1];
@@ -212,35 +259,34 @@ MaskParams ReadMasks(const std::vector<ffi::AnyBuffer>& in, const MaskKinds& kin
     masks.bias_row_stride = Stride(bias, 2);
     masks.bias_column_stride = bias.dimensions()[3] == 2 ? 0 : 1;
   }
-  return masks;
 }
 
 // The fastest kernel that the GPU has; with `mma_sync` that of cuda/mma in any case.
-cudaError_t LaunchAttention(const AttentionParams& params, bool fp8_value, bool fp16_accumulator,
-                            bool mma_sync, cudaStream_t stream) {
+ffi::Error LaunchAttention(const AttentionParams& params, bool fp8_value, bool fp16_accumulator,
+                           bool mma_sync, cudaStream_t stream) {
+  constexpr const char* kCall = "attention";
 #ifdef JAX_SAGE_SM90
   // Of the recipes, those with names: FP8 with FP16 sums, FP16 with FP32 sums.
   if (!mma_sync && fp8_value == fp16_accumulator) {
-    int device = 0, major = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) {
-      error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    }
-    if (error != cudaSuccess) return error;
-    if (major == 9) {
+    bool on_hopper = false;
+    if (auto error = IsOnHopper(kCall, on_hopper); error.failure()) return error;
+    if (on_hopper) {
       if (params.masks.rows != nullptr) {
-        return fp8_value ? sm90::LaunchMaskedFp8(params, stream)
-                         : sm90::LaunchMaskedFp16(params, stream);
+        return FromCuda(kCall, fp8_value ? sm90::LaunchMaskedFp8(params, stream)
+                                         : sm90::LaunchMaskedFp16(params, stream));
       }
-      return fp8_value ? sm90::LaunchAttentionFp8(params, stream)
-                       : sm90::LaunchAttentionFp16(params, stream);
+      return FromCuda(kCall, fp8_value ? sm90::LaunchAttentionFp8(params, stream)
+                                       : sm90::LaunchAttentionFp16(params, stream));
     }
   }
 #endif
+  if (params.head_dim > kMaxHeadDimMma) return TooManyChannels(kCall, params.head_dim);
 #ifndef JAX_SAGE_NO_FP8_MMA
-  if (fp8_value) return mma::LaunchAttentionFp8(params, fp16_accumulator, stream);
+  if (fp8_value) {
+    return FromCuda(kCall, mma::LaunchAttentionFp8(params, fp16_accumulator, stream));
+  }
 #endif
-  return mma::LaunchAttentionFp16(params, fp16_accumulator, stream);
+  return FromCuda(kCall, mma::LaunchAttentionFp16(params, fp16_accumulator, stream));
 }
 
 ffi::Error AttentionImpl(cudaStream_t stream, ffi::RemainingArgs args,
@@ -273,9 +319,14 @@ ffi::Error AttentionImpl(cudaStream_t stream, ffi::RemainingArgs args,
   params.k = Data<int8_t>(in[3]);
   params.k_scale = Data<float>(in[4]);
   params.v = in[5].untyped_data();
-  params.channels = Data<float>(in[6]);
   params.first_bad = Data<int32_t>(in[7]);
-  params.value_code_sum = Data<long long>(in[8]);
+  if (segments != 0) {
+    params.slot_channels = Data<float>(in[6]);
+    params.query_slots = Data<int32_t>(in[8]);
+  } else {
+    params.channels = Data<float>(in[6]);
+    params.value_code_sum = Data<long long>(in[8]);
+  }
   params.out = out->untyped_data();
   params.lse = Data<float>(*lse);
   params.batch = sizes.batch;
@@ -291,10 +342,8 @@ ffi::Error AttentionImpl(cudaStream_t stream, ffi::RemainingArgs args,
   params.is_causal = is_causal != 0;
   params.exact_lse = exact_lse != 0;
   params.out_type = InputType(*out);
-  if (masked != 0) {
-    params.per_counted_key = Data<float>(in[9]);
-    params.masks = ReadMasks(in, sizes.kinds);
-  }
+  MarkParams mark{};
+  if (masked != 0) ReadMasks(in, sizes.kinds, params, mark);
 #ifdef JAX_SAGE_NO_FP8_MMA
   if (sizes.fp8_value) {
     return Invalid(
@@ -302,13 +351,10 @@ ffi::Error AttentionImpl(cudaStream_t stream, ffi::RemainingArgs args,
         "and newer); use recipe=\"8+16\"");
   }
 #endif
-  cudaError_t error =
+  ffi::Error error =
       LaunchAttention(params, sizes.fp8_value, pv_accumulator == 16, mma_sync != 0, stream);
-  if (error == cudaSuccess && masked != 0) {
-    error = LaunchMark(params, {in[12].untyped_data(), in[13].untyped_data(), params.first_bad},
-                       stream);
-  }
-  return FromCuda("attention", error);
+  if (error.failure() || masked == 0) return error;
+  return FromCuda("attention", LaunchMark(params, mark, stream));
 }
 
 ffi::Error PackMaskImpl(cudaStream_t stream, ffi::AnyBuffer mask, ffi::Result<ffi::AnyBuffer> words,
@@ -347,7 +393,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageQuantize, jax_sage::QuantizeImpl,
                                   .Attr<float>("scale_log2")
                                   .Attr<int64_t>("smooth_k")
                                   .Attr<int64_t>("smooth_v")
-                                  .Attr<int64_t>("some_seen"),
+                                  .Attr<int64_t>("some_seen")
+                                  .Attr<int64_t>("segments"),
                               {xla::ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageAttention, jax_sage::AttentionImpl,

@@ -3,8 +3,8 @@
 
 #include "xla/ffi/api/c_api.h"
 
-// jax_sage_quantize: (query, key, value, which keys count) -> (the nine buffers of jax_sage_attention, partials,
-// arrivals).
+// jax_sage_quantize: (query, key, value, ...) -> (the nine buffers of jax_sage_attention, scratch);
+// see CheckQuantize.
 extern "C" XLA_FFI_Error* JaxSageQuantize(XLA_FFI_CallFrame* call_frame);
 // jax_sage_attention: (the nine buffers, those of masks) -> (out, lse).
 extern "C" XLA_FFI_Error* JaxSageAttention(XLA_FFI_CallFrame* call_frame);

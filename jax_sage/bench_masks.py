@@ -1,4 +1,4 @@
-"""Speed of attention with masks, as a ratio to the same call without any."""
+"""Speed of attention with masks and of large heads, as a ratio to that of the plain call."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,10 @@ SHAPE = Shape(2, 8192, 16, 16, 128, False)
 
 
 def masked_speed(shape: Shape, note: Note) -> list[dict[str, Any]]:
-    """One row for each kind of mask: milliseconds a call, and how much faster than without."""
+    """One row for each kind of mask: milliseconds a call, and how much faster than without.
+
+    Half as many heads of twice as many channels are as many operations.
+    """
     rows, keys = shape.batch, shape.length
     key = jax.random.key(1)
     bias = jax.random.normal(key, (1, 1, keys, keys), jnp.float32)
@@ -43,7 +46,14 @@ def masked_speed(shape: Shape, note: Note) -> list[dict[str, Any]]:
         jax.block_until_ready(function(*arguments))
         return function
 
+    def large_heads(q: jax.Array, k: jax.Array, v: jax.Array, *_: jax.Array) -> jax.Array:
+        large = (rows, keys, -1, 2 * shape.head_dim)
+        return attention(q.reshape(large), k.reshape(large), v.reshape(large))
+
     runs = {(case, "8+8"): run(options) for case, options in cases.items()}
+    name = f"{shape.heads // 2} heads of {2 * shape.head_dim}"
+    runs[name, "8+8"] = jax.jit(large_heads)
+    jax.block_until_ready(runs[name, "8+8"](*arguments))
     seconds = measure(runs, arguments, note)
     plain = seconds["plain", "8+8"]
     return [

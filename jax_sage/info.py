@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_sage import kernels, lowering_cuda
+from jax_sage import kernels
+from jax_sage.arguments import MAX_HEAD_DIM
 from jax_sage.recipe import RECIPES, Recipe
 
-_CUDA = "CUDA, "  # begins the description of what runs on kernels
 # Of the self-check: normal inputs, where it measures 0.034 and 0.0095.
 EXPECTED_ERROR = {"8+8": 0.045, "8+16": 0.015}
 
@@ -27,8 +27,6 @@ class Info:
       devices: kind of each device that JAX uses by default, GPUs with their compute capability.
       kernels: for each named recipe, the kernel family that would run on these devices, or
         "portable JAX" and the reason.
-      not_in_kernels: the arguments and sizes of :func:`jax_sage.attention` that run in portable
-        JAX on a GPU too, with a warning, because no kernel takes them yet.
       errors: for each named recipe, the relative L1 error of a small attention, run as above,
         against float32.
     """
@@ -37,7 +35,6 @@ class Info:
     architectures: tuple[str, ...]
     devices: tuple[str, ...]
     kernels: dict[str, str]
-    not_in_kernels: str
     errors: dict[str, float]
 
     def __str__(self) -> str:
@@ -45,8 +42,6 @@ class Info:
         lines.append(f"{'built for':<20}{', '.join(self.architectures) or 'no GPU'}")
         lines += [f"{'device':<20}{device}" for device in self.devices]
         lines += [f"{'recipe ' + name:<20}{kernel}" for name, kernel in self.kernels.items()]
-        if any(kernel.startswith(_CUDA) for kernel in self.kernels.values()):
-            lines.append(f"{'portable JAX for':<20}{self.not_in_kernels}")
         lines += [
             f"{'self-check ' + name:<20}relative L1 error {error:.4f} against float32: "
             + ("ok" if error <= EXPECTED_ERROR[name] else "TOO LARGE")
@@ -82,7 +77,6 @@ def info() -> Info:
         architectures=tuple(f"sm_{a}" for a in module.architectures()) if module else (),
         devices=tuple(_describe(d) for d in jax.local_devices()),
         kernels={name: _kernel(recipe) for name, recipe in RECIPES.items()},
-        not_in_kernels=lowering_cuda.NOT_IN_KERNELS,
         errors={name: _self_check(name) for name in RECIPES},
     )
 
@@ -104,7 +98,11 @@ def _kernel(recipe: Recipe) -> str:
     if platform != "gpu" or not kernels.capabilities():
         return f"portable JAX: the default device is a {platform}, kernels are for NVIDIA GPUs"
     reason = kernels.why_unavailable(recipe)
-    return f"{_CUDA}{kernels.family(recipe)}" if reason is None else f"portable JAX: {reason}"
+    if reason is not None:
+        return f"portable JAX: {reason}"
+    limit = kernels.max_head_dim(recipe)
+    rest = f"; portable JAX for head dimensions above {limit}" if limit < MAX_HEAD_DIM else ""
+    return f"CUDA, {kernels.family(recipe)}{rest}"
 
 
 def _self_check(recipe: str) -> float:

@@ -18,6 +18,7 @@ _FOLDER = pathlib.Path(__file__).resolve().parent
 
 # Matrix instructions on E4M3 begin with this compute capability.
 _FP8_CAPABILITY = 89
+_HOPPER = "wgmma (Hopper)"
 
 
 class PortableWarning(UserWarning):
@@ -86,8 +87,17 @@ def family(recipe: Recipe) -> str:
     """The kernels that run `recipe` on the GPUs of this process, given that some can."""
     hopper = all(c // 10 == 9 for c in capabilities())
     if hopper and (recipe.pv, recipe.pv_accumulator) in (("fp8", "fp16"), ("fp16", "fp32")):
-        return "wgmma (Hopper)"
+        return _HOPPER
     return "mma.sync"
+
+
+def max_head_dim(recipe: Recipe, mma_sync: bool = False) -> int:
+    """The largest head dimension of the kernels that run `recipe`, given that some can.
+
+    Without a GPU it is that of the best kernels of the build; on another GPU these report an error.
+    """
+    on_hopper = not mma_sync and family(recipe) == _HOPPER
+    return 256 if on_hopper and _cuda is not None and 90 in _cuda.architectures() else 128
 
 
 def version_text(version: int) -> str:

@@ -1,8 +1,8 @@
 """The CUDA lowering: two custom calls, quantization and attention, and how a kernel is chosen.
 
 Intermediate buffers are results of the first call. Layouts (also checked by the C++ handlers):
-head dimensions are padded to Hp = 64 or 128, queries to a multiple of 128, keys to a multiple of
-64; padding is zero. FP8 V is stored transposed, and its keys permuted within each 16 so that a
+head dimensions are padded to Hp = 64, 128 or 256, queries to a multiple of 128, keys to a multiple
+of 64; padding is zero. FP8 V is stored transposed, and its keys permuted within each 16 so that a
 C fragment of QKᵀ is an A fragment of PV without any exchange between threads: position
 4t + 2h + e holds key 8h + 2t + e.
 """
@@ -17,12 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import source_info_util
 
-from jax_sage import kernels, mask_operands, portable, quantization
-from jax_sage.masking import Band, Masks, Segments, View
+from jax_sage import kernels, mask_operands, portable
+from jax_sage.masking import Band, Masks, View
 from jax_sage.recipe import BLOCK_KV, Recipe
 
 BLOCK_Q = 128
-MAX_HEAD_DIM = 128
 CAUSAL = Band(right=0)
 # The sequence is cut into parts of this many tokens for the channel statistics: enough of them to
 # fill a GPU with one head, but no more than one CTA can put together in no time.
@@ -47,7 +46,7 @@ def attention(
     ``mma_sync`` asks for the mma.sync kernel, which runs on every GPU that there are kernels for,
     where the device has a faster one of its own: so one machine can test both.
     """
-    reason = why_portable(query, value, recipe)
+    reason = why_portable(query, value, recipe, mma_sync)
     if reason is not None:
         # The stack is that of a compilation, which need not hold the call of jax_sage.attention.
         place = source_info_util.summarize(source_info_util.current())
@@ -124,116 +123,36 @@ def _masked(
         padded_q=_padded(query.shape[-1], length_q, length_kv)[1],
     )
     operands = mask_operands.make(view, masks, batch, key, value)
+    codes = functools.partial(quantize, query, key, value, scale_log2=scale_log2, recipe=recipe)
     size = (math.prod(batch), kv_heads)
-    if masks.query_segment_ids is not None:
-        return _by_segment(
-            run, query, key, value, masks, view, operands, scale_log2=scale_log2, recipe=recipe
-        )
     if view.sees_everything():
-        quantized = quantize(query, key, value, scale_log2=scale_log2, recipe=recipe)
         per_key = jnp.full(size, 1 / length_kv, jnp.float32)
-    else:
-        seen = mask_operands.flat_batch(view.seen_keys(), batch)
-        count = jnp.maximum(seen.sum(-1, dtype=jnp.float32), np.float32(1))
-        per_key = jnp.broadcast_to(np.float32(1) / count, size)
-        quantized = quantize(
-            query,
-            key,
-            value,
-            seen=(seen.astype(jnp.uint8), per_key),
-            scale_log2=scale_log2,
-            recipe=recipe,
+        return run(query, (*codes(), per_key, *operands.arrays), **operands.attributes)
+    seen = mask_operands.flat_batch(view.seen_keys(), batch)
+    if masks.query_segment_ids is not None:
+        # Means and scales of V are those of each segment, and so are the counts of its keys.
+        quantized = codes(
+            seen=(seen.astype(jnp.uint8),),
+            segments=mask_operands.sorted_segments(masks, batch, view.padded_q, length_kv),
         )
+        return run(query, (*quantized, *operands.arrays), **operands.attributes)
+    count = jnp.maximum(seen.sum(-1, dtype=jnp.float32), np.float32(1))
+    per_key = jnp.broadcast_to(np.float32(1) / count, size)
+    quantized = codes(seen=(seen.astype(jnp.uint8), per_key))
     return run(query, (*quantized, per_key, *operands.arrays), **operands.attributes)
 
 
-def _by_segment(
-    run: Callable[..., tuple[jax.Array, jax.Array]],
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    masks: Masks,
-    view: View,
-    operands: mask_operands.MaskOperands,
-    *,
-    scale_log2: float,
-    recipe: Recipe,
-) -> tuple[jax.Array, jax.Array]:
-    """Segments have means and scales of their own: they are quantized by XLA.
-
-    The kernel gives the average of V's codes; what V's scale and mean make of it depends on the
-    query's segment.
-    """
-    *batch, length_q, heads, head_dim = query.shape
-    length_kv, kv_heads = key.shape[-3:-1]
-    group = heads // kv_heads
-    assert masks.query_segment_ids is not None and masks.key_value_segment_ids is not None
-    segments = Segments.find(
-        jnp.broadcast_to(masks.query_segment_ids, (*batch, length_q)),
-        jnp.broadcast_to(masks.key_value_segment_ids, (*batch, length_kv)),
-    )
-    x = quantization.quantize(
-        query,
-        key,
-        value,
-        scale_log2=scale_log2,
-        recipe=recipe,
-        seen=view.seen_keys(),
-        segments=segments,
-    )
-    hp, tp, sp = _padded(head_dim, length_q, length_kv)
-    flat = math.prod(batch)
-    not_finite = ~(jnp.isfinite(key).all((-3, -1)) & jnp.isfinite(value).all((-3, -1)))
-    first_bad = jnp.where(not_finite, np.int32(0), np.int32(np.iinfo(np.int32).max))
-    codes = _pad_head_dim(x.v, hp).reshape(flat, kv_heads, sp, hp)
-    if recipe.pv == "fp8":
-        # See the layout above: 16 keys as [h, t, e] become [t, h, e].
-        sixteen = codes.reshape(flat, kv_heads, sp // 16, 2, 4, 2, hp)
-        codes = jnp.moveaxis(sixteen, (2, 4, 3, 5), (3, 4, 5, 6)).reshape(flat, kv_heads, hp, sp)
-    # V as it is: a scale of 1, and nothing taken from it.
-    channels = jnp.zeros((flat, kv_heads, 6, hp), jnp.float32).at[:, :, 3].set(1)
-
-    def padded_rows(a: jax.Array) -> jax.Array:  # [*B, N, T] -> [B, N, Tp]
-        return jnp.pad(a.reshape(flat, heads, length_q), [(0, 0), (0, 0), (0, tp - length_q)])
-
-    q = _pad_head_dim(x.q, hp).reshape(flat, heads, length_q, hp)
-    quantized = (
-        jnp.pad(q, [(0, 0), (0, 0), (0, tp - length_q), (0, 0)]),
-        padded_rows(x.q_scale),
-        padded_rows(x.q_dot_mean),
-        _pad_head_dim(x.k, hp).reshape(flat, kv_heads, sp, hp),
-        x.k_scale.reshape(flat, kv_heads, sp // BLOCK_KV, 4),
-        codes,
-        channels,
-        jnp.broadcast_to(first_bad.reshape(flat, kv_heads, 1, 1), (flat, kv_heads, 2, hp)),
-        jnp.zeros((flat, kv_heads, hp, 2), jnp.uint32),
-    )
-    per_key = jnp.ones((flat, kv_heads), jnp.float32)  # of no use: nothing was taken from V
-    # key and value of the caller are in the dtype of out: so is the average of V's codes.
-    out, lse = run(query, (*quantized, per_key, *operands.arrays), **operands.attributes)
-    scale, offset = (
-        jnp.swapaxes(quantization.look_up(a, segments.query_index), -2, -3)  # [*B, T, K, Hv]
-        for a in (x.v_scale, x.v_offset)
-    )
-    average = out.astype(jnp.float32).reshape(*batch, length_q, kv_heads, group, head_dim)
-    moved = average * scale[..., None, :] + offset[..., None, :]
-    nothing = jnp.isneginf(lse).reshape(*batch, length_q, kv_heads, group, 1)
-    moved = jnp.where(nothing, np.float32(0), moved)
-    return moved.reshape(out.shape).astype(out.dtype), lse
-
-
-# What no kernel takes yet, in the terms of the public call.
-NOT_IN_KERNELS = f"head dimensions above {MAX_HEAD_DIM}"
-
-
-def why_portable(query: jax.Array, value: jax.Array, recipe: Recipe) -> str | None:
+def why_portable(
+    query: jax.Array, value: jax.Array, recipe: Recipe, mma_sync: bool = False
+) -> str | None:
     """Why no kernel can run this call on the GPUs of this process, or None if one can."""
     reason = kernels.why_unavailable(recipe)
     if reason is not None:
         return reason
     head_dim = max(query.shape[-1], value.shape[-1])
-    if head_dim > MAX_HEAD_DIM:
-        return f"there is no kernel for head dimension {head_dim} yet"
+    limit = kernels.max_head_dim(recipe, mma_sync)
+    if head_dim > limit:
+        return f"its kernels have head dimensions up to {limit}, here it is {head_dim}"
     return None
 
 
@@ -250,12 +169,15 @@ def quantize(
     *,
     scale_log2: float,
     recipe: Recipe,
-    seen: tuple[jax.Array, jax.Array] | None = None,
+    seen: tuple[jax.Array, ...] = (),
+    segments: tuple[jax.Array, ...] = (),
 ) -> tuple[jax.Array, ...]:
     """The operands of the attention call, in its order. B is the product of the batch dims.
 
-    ``seen``: whether a key counts, uint8 [B, K, S] or with ones, and 1 / how many do, float32
-    [B, K].
+    ``seen``: whether a key counts, uint8 [B, K, S] or with ones, and without segments 1 / how many
+    do, float32 [B, K]. ``segments``: see mask_operands.sorted_segments. A segment's slot is the
+    place of its first key among the sorted ones; tables by slot are as long as the keys: 18 bytes
+    for each of their padded channels, 8 of them until the attention is done.
     """
     batch = math.prod(query.shape[:-3])
     length_q, heads, head_dim = query.shape[-3:]
@@ -266,7 +188,7 @@ def quantize(
     def array(dtype: object, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    results = (
+    quantized: tuple[jax.ShapeDtypeStruct, ...] = (
         array(jnp.int8, batch, heads, tp, hp),  # q
         array(jnp.float32, batch, heads, tp),  # q_scale, times |scale_log2|
         array(jnp.float32, batch, heads, tp),  # q_dot_mean, times scale_log2
@@ -275,28 +197,56 @@ def quantize(
         array(jnp.float8_e4m3fn, batch, kv_heads, hp, sp)
         if recipe.pv == "fp8"
         else array(jnp.float16, batch, kv_heads, sp, hp),  # v
-        # Mean of K; mean of V, the same in bfloat16; scale of V; how its codes are made (2 rows).
-        array(jnp.float32, batch, kv_heads, 6, hp),  # channels
-        array(jnp.int32, batch, kv_heads, 2, hp),  # first position not finite: of K, of V
-        # 64-bit integers, which JAX has only with jax_enable_x64.
-        array(jnp.uint32, batch, kv_heads, hp, 2),  # value_code_sum
-        array(jnp.float32, batch, kv_heads, parts, 6, hp),  # scratch
-        array(jnp.int32, batch, kv_heads, 2),  # scratch: counters of parts that are done
     )
-    *quantized, _, _ = jax.ffi.ffi_call("jax_sage_quantize", results)(
+    # First position not finite: of K, of V.
+    first_bad = array(jnp.int32, batch, kv_heads, 2, hp)
+    # 64-bit integers, which JAX has only with jax_enable_x64.
+    code_sum = functools.partial(array, jnp.uint32, batch, kv_heads)
+    scratch: tuple[jax.ShapeDtypeStruct, ...]
+    if segments:
+        by_slot = (batch, kv_heads, length_kv)
+        quantized += (
+            # channels: scale of V, what is added to the output
+            array(jnp.float32, *by_slot, 2, hp),
+            first_bad,
+            array(jnp.int32, batch, tp),  # query_slots; -1: no key has the id
+        )
+        scratch = (
+            # Of segments that lie in several parts: two pieces in each part.
+            array(jnp.float32, batch, kv_heads, 2, parts, 6, hp),
+            array(jnp.int32, batch, kv_heads, 2, parts),  # keys that count
+            array(jnp.int32, batch, length_kv),  # slots of the keys
+            array(jnp.bfloat16, *by_slot, hp),  # mean of K
+            array(jnp.float32, *by_slot, 2),  # size of K; 1 / keys that count
+            code_sum(length_kv, hp, 2),
+        )
+    else:
+        quantized += (
+            # Mean of K; mean of V, the same in bfloat16; scale of V; how its codes are made (2).
+            array(jnp.float32, batch, kv_heads, 6, hp),  # channels
+            first_bad,
+            code_sum(hp, 2),  # value_code_sum
+        )
+        scratch = (
+            array(jnp.float32, batch, kv_heads, parts, 6, hp),
+            array(jnp.int32, batch, kv_heads, 2),  # counters of parts that are done
+        )
+    results = jax.ffi.ffi_call("jax_sage_quantize", (*quantized, *scratch))(
         query,
         key,
         value,
-        *(seen or ()),
+        *seen,
+        *segments,
         scale_log2=np.float32(scale_log2),
         smooth_k=np.int64(recipe.smooth_k),
         smooth_v=np.int64(recipe.smooth_v),
-        some_seen=np.int64(seen is not None),
+        some_seen=np.int64(len(seen) > 0),
+        segments=np.int64(len(segments) > 0),
     )
-    return tuple(quantized)
+    return tuple(results[: len(quantized)])
 
 
 def _padded(head_dim: int, length_q: int, length_kv: int) -> tuple[int, int, int]:
     """Hp, Tp and Sp."""
-    hp = 64 if head_dim <= 64 else 128
+    hp = next(size for size in (64, 128, 256) if head_dim <= size)
     return hp, -(-length_q // BLOCK_Q) * BLOCK_Q, -(-length_kv // BLOCK_KV) * BLOCK_KV

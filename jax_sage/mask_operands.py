@@ -6,8 +6,8 @@ lowering_cuda.py, Sp the keys padded to TILE, and a 1 for every dimension that i
 
 rows    int32 [B, Tp, 2]: the first key that a query may see, and the one behind the last
 groups  int32 [B, Tp/64, 4], of 64 queries: least first, greatest end, greatest first, least end
-words   uint32 [B, N, Sp/128, Tp, 4]: bit 2n + e of element j is the mask of key 8n + 2j + e
-views   uint8 [B, N, Tp/64, Sp/128]: whether 64 queries see none (0), some (1) or all (2) of 128
+words   uint32 [B, N, Sp/128, Tp, 4]: bit 8(2h + e) + 7 - i of element j: key 16i + 8h + 2j + e
+views   uint8 [B, N, Tp/64, Sp/128]: whether 64 queries see none (0), all (1) or some (5) of 128
 ids     int32 [B, Tp] and [B, Sp], and the least and greatest of 64 queries and of 128 keys
 bias    as given; keys padded to Sp, or two columns that stand for all
 """
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_sage.masking import Masks, View
+from jax_sage.masking import Masks, View, sort_ids
 
 GROUP = 64  # queries that are planned together
 TILE = 128  # keys that are planned together
@@ -56,6 +56,19 @@ def make(
             "bias": np.int64(masks.bias is not None),
         },
     )
+
+
+def sorted_segments(
+    masks: Masks, batch: Sequence[int], padded_q: int, length_kv: int
+) -> tuple[jax.Array, ...]:
+    """For quantization: ids of the queries, [B, Tp]; of the keys, sorted, [B, S]; whose they are.
+
+    Equal ids are in the order of the keys, and so are the sums of a segment.
+    """
+    assert masks.query_segment_ids is not None and masks.key_value_segment_ids is not None
+    ids = flat_batch(masks.key_value_segment_ids, batch)
+    ids = jnp.broadcast_to(ids, (ids.shape[0], length_kv))
+    return _pad_by_last(flat_batch(masks.query_segment_ids, batch), padded_q), *sort_ids(ids)
 
 
 def round_up(x: int, multiple: int) -> int:

@@ -120,6 +120,7 @@ class View:
 
         q_len = length(masks.query_seq_lengths, length_q)
         kv_len = length(masks.key_value_seq_lengths, length_kv)
+        self.q_len, self.kv_len = q_len, kv_len  # [*B, 1], or with ones
         rows = jnp.arange(padded_q, dtype=jnp.int32)
         aligned = rows + (kv_len - q_len) if band.bottom_right else rows
         first, end = jnp.zeros_like(kv_len + rows), jnp.broadcast_to(kv_len, (kv_len + rows).shape)
@@ -184,6 +185,8 @@ class View:
                 visible = visible & ~_hides(self.bias)
             visible = visible.any((-3, -2))
             return jnp.broadcast_to(visible, (*visible.shape[:-1], self.length_kv))
+        if self.mask is None and self.bias is None:
+            return self._seen_in_segments()[..., None, :]
         zero = jnp.int32(0)
         shape = jax.eval_shape(lambda: self.block(zero, 1, zero, self.length_kv)[0])
         rows = max(1, min(self.padded_q, _ELEMENTS_PER_STEP // max(1, math.prod(shape.shape))))
@@ -198,6 +201,43 @@ class View:
         *batch, kv_heads, _, _, _ = shape.shape
         nothing = jnp.zeros((*batch, kv_heads, self.length_kv), bool)
         return lax.fori_loop(np.int32(0), np.int32(steps), body, nothing)
+
+    def _seen_in_segments(self) -> jax.Array:
+        """seen_keys of segments and intervals alone, [*B, S]: without a look at every pair.
+
+        The queries whose interval holds a key are neighbours. Is one of them of its segment? By a
+        binary search among the queries sorted by id and position.
+        """
+        assert self.query_segments is not None and self.key_segments is not None
+        shape = (*(1 for _ in self.kv_len.shape[1:]), self.length_kv)
+        keys = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+        aligned = keys - (self.kv_len - self.q_len) if self.band.bottom_right else keys
+        first, end = jnp.zeros_like(keys), self.q_len
+        if self.band.right is not None:
+            first = jnp.maximum(aligned - np.int32(self.band.right), 0)
+        if self.band.left is not None:
+            end = jnp.minimum(aligned + np.int32(self.band.left + 1), end)
+        query_ids = self.query_segments
+        query_ids = jnp.broadcast_to(query_ids, (*query_ids.shape[:-1], self.length_q))
+        ids, positions = sort_ids(query_ids)
+        wanted = self.key_segments
+        batch = np.broadcast_shapes(*(x.shape[:-1] for x in (ids, wanted, first, end, self.kv_len)))
+        ids, positions = (jnp.broadcast_to(x, (*batch, self.length_q)) for x in (ids, positions))
+        wanted, first, end = (
+            jnp.broadcast_to(x, (*batch, self.length_kv)) for x in (wanted, first, end)
+        )
+        # How many queries are before the first that would do.
+        before = jnp.zeros_like(first)
+        for bit in reversed(range(self.length_q.bit_length())):
+            place = jnp.minimum(before + np.int32((1 << bit) - 1), np.int32(self.length_q - 1))
+            id_there, position = (jnp.take_along_axis(x, place, axis=-1) for x in (ids, positions))
+            less = (id_there < wanted) | ((id_there == wanted) & (position < first))
+            fits = before <= np.int32(self.length_q - (1 << bit))
+            before = jnp.where(less & fits, before + np.int32(1 << bit), before)
+        place = jnp.minimum(before, np.int32(self.length_q - 1))
+        id_there, position = (jnp.take_along_axis(x, place, axis=-1) for x in (ids, positions))
+        # Where there is no such query, the last is before the first that would do.
+        return (id_there == wanted) & (first <= position) & (position < end) & (keys < self.kv_len)
 
 
 def _hides(bias: jax.Array) -> jax.Array:
@@ -228,6 +268,13 @@ def _part(array: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array
     return part if length % size == 0 else jnp.roll(part, begin - start, axis)
 
 
+def sort_ids(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The ids of tokens [..., tokens], sorted; and which tokens they are, in order where equal."""
+    tokens = lax.broadcasted_iota(jnp.int32, ids.shape, ids.ndim - 1)
+    sorted_ids, order = lax.sort((ids, tokens), is_stable=True, num_keys=1)
+    return sorted_ids, order
+
+
 class Segments(NamedTuple):
     """Keys put together by segment id, for statistics of each segment.
 
@@ -247,8 +294,7 @@ class Segments(NamedTuple):
         query_ids, key_ids = (
             jnp.broadcast_to(x, (*batch, x.shape[-1])) for x in (query_ids, key_ids)
         )
-        order = jnp.argsort(key_ids, axis=-1, stable=True).astype(jnp.int32)
-        ids = jnp.take_along_axis(key_ids, order, axis=-1)
+        ids, order = sort_ids(key_ids)
         search = functools.partial(jnp.searchsorted, side="right")
         for _ in range(ids.ndim - 1):
             search = jax.vmap(search)

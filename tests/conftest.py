@@ -21,3 +21,32 @@ def compiled_quickly():
 
 
 pytest.register_assert_rewrite("mask_suite", "reference", "suite")
+
+
+@pytest.fixture
+def on_gpu():
+    import jax
+
+    from jax_sage import kernels
+    from jax_sage.recipe import RECIPES
+
+    if not kernels.capabilities():
+        pytest.skip("no NVIDIA GPU, or JAX has no CUDA")
+    assert jax.default_backend() == "gpu"
+    for recipe in RECIPES.values():
+        reason = kernels.why_unavailable(recipe)
+        if reason and "E4M3 matrix instructions need sm_89" in reason:
+            pytest.skip(f"this GPU cannot run every recipe: {reason}")
+        assert reason is None, "without a kernel these tests would test the portable path"
+
+
+@pytest.fixture(params=[False, True], ids=["own", "mma.sync"])
+def mma_sync(request):
+    """A Hopper GPU has kernels of its own, and can run the RTX 4090's: tests run with both."""
+    from gpu_support import ALL_RECIPES
+
+    from jax_sage import kernels
+
+    if request.param and all(kernels.family(r) == "mma.sync" for r in ALL_RECIPES.values()):
+        pytest.skip("this GPU's own kernels are those on mma.sync")
+    return request.param

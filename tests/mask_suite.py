@@ -414,10 +414,18 @@ class MaskSuite:
     @pytest.mark.parametrize(
         "axes",
         [
-            {"q": 0, "k": 0, "v": 0, "mask": None, "bias": None, "lengths": None},
-            {"q": None, "k": None, "v": None, "mask": 0, "bias": None, "lengths": None},
-            {"q": 0, "k": None, "v": None, "mask": None, "bias": 2, "lengths": 1},
-            {"q": 1, "k": 0, "v": None, "mask": 4, "bias": 0, "lengths": 0},
+            {"q": 0, "k": 0, "v": 0, "mask": None, "bias": None, "lengths": None, "ids": None},
+            {
+                "q": None,
+                "k": None,
+                "v": None,
+                "mask": 0,
+                "bias": None,
+                "lengths": None,
+                "ids": None,
+            },
+            {"q": 0, "k": None, "v": None, "mask": None, "bias": 2, "lengths": 1, "ids": 0},
+            {"q": 1, "k": 0, "v": None, "mask": 4, "bias": 0, "lengths": 0, "ids": 1},
         ],
         ids=["arrays", "mask", "q, bias, lengths", "mixed"],
     )
@@ -431,12 +439,13 @@ class MaskSuite:
             "mask": random_mask((size, 1, N, 20, 30)),
             "bias": random_bias((size, B, 1, 1, 30)),
             "lengths": np.array([[30, 7], [1, 20], [29, 30]]),
+            "ids": np.random.default_rng(0).integers(0, 2, (size, B, 30)).astype(np.int32),
         }
         arguments = {
             n: x[0] if axes[n] is None else np.moveaxis(x, 0, axes[n]) for n, x in given.items()
         }
 
-        def both(q, k, v, mask, bias, lengths):
+        def both(q, k, v, mask, bias, lengths, ids):
             return jax_sage.attention(
                 q,
                 k,
@@ -444,6 +453,8 @@ class MaskSuite:
                 mask=mask,
                 bias=bias,
                 key_value_seq_lengths=lengths,
+                query_segment_ids=ids[:, :20],
+                key_value_segment_ids=ids,
                 local_window_size=(10, 15),
                 return_residual=True,
             )
@@ -486,9 +497,19 @@ class MaskSuite:
             {"local_window_size": 0, "causal_alignment": "bottom_right"},
             {"mask": np.ones((length, 1), bool)},
             {"key_value_seq_lengths": np.array([1])},
+            {
+                "query_segment_ids": np.full((1, length), 3, np.int32),
+                "key_value_segment_ids": np.full((1, 1), 3, np.int32),
+            },
         ):
             out, _ = attention(q, k, v, **options)
             np.testing.assert_allclose(out[:, -1], v[:, 0], rtol=2.0**-8)
+        of_another = {
+            "query_segment_ids": np.full((1, length), 3, np.int32),
+            "key_value_segment_ids": np.full((1, 1), 4, np.int32),
+        }
+        out, lse = attention(q, k, v, **of_another)
+        assert not out.any() and np.isneginf(lse).all()
 
     def test_a_long_window(self):
         """2^17 keys: positions beyond 2^16, and the cost of the window, not of all of them."""

@@ -19,11 +19,18 @@ CASES = [
     (2, 67, 191, 4, 2, 128, "float32", "8+16", True),
     (1, 33, 513, 1, 1, 40, "float16", "8+16", False),
 ]
+# For these there are none on mma.sync.
+LARGE = [
+    (1, 129, 200, 2, 1, 256, "bfloat16", "8+8", True),
+    (1, 70, 300, 2, 2, 200, "float32", "8+16", False),
+]
 # More query tiles (288) than any GPU has SMs, more tiles of keys than stages: a persistent kernel
 # goes round. Those on mma.sync are not persistent.
 MANY_TILES = (2, 1100, 700, 16, 2, 64, "bfloat16", "8+8", True)
 # (recipe, mma_sync, exact_lse, what there is of masks, shape), one for each kernel on wgmma.
 MANY, FEW = (2, 1100, 700, 16, 2, 64), (2, 150, 300, 2, 1, 128)
+# Two parts of the sorted keys, which share a segment.
+PARTS, LARGE_PARTS = (2, 150, 700, 2, 1, 128), (1, 150, 700, 2, 1, 256)
 MASKED = [
     ("8+8", False, False, "window", MANY),
     ("8+8", False, True, "mask", MANY),
@@ -33,7 +40,10 @@ MASKED = [
     ("8+8", False, True, "mask bias lengths window", FEW),
     ("8+8", True, True, "mask lengths", FEW),
     ("8+16", True, True, "bias", FEW),
-    ("8+8", False, True, "segments", FEW),
+    ("8+8", False, True, "segments", PARTS),
+    ("8+16", True, True, "segments", PARTS),
+    ("8+16", False, True, "segments", LARGE_PARTS),
+    ("8+8", False, True, "mask bias", (1, 150, 300, 2, 1, 256)),
 ]
 
 
@@ -43,7 +53,9 @@ def run_masked(
     batch, length_q, length_kv, heads, kv_heads, head_dim = shape
 
     def ids(length: int) -> jax.Array:
-        return jnp.broadcast_to(jnp.arange(length) * 4 // length, (batch, length))
+        tokens = jnp.arange(length)
+        ids = jnp.where(tokens % 97 == 0, 9, tokens * 4 // length)  # not in order
+        return jnp.broadcast_to(ids, (batch, length))
 
     has = set(kinds.split())
     q = jnp.ones((batch, length_q, heads, head_dim), jnp.bfloat16)
@@ -99,7 +111,8 @@ def main() -> None:
         for mma_sync in (False, True):
             for case in CASES:
                 run(*case, mma_sync)
-        run(*MANY_TILES, mma_sync=False)
+        for case in (*LARGE, MANY_TILES):
+            run(*case, mma_sync=False)
     else:
         for case in MASKED:
             run_masked(*case)

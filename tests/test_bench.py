@@ -292,5 +292,5 @@ def test_masked_speed():
     rows = bench_masks.masked_speed(bench.Shape(1, 64, 2, 2, 16, False), print)
     assert rows[0]["case"] == "plain"
     assert rows[0]["times_plain_speed"] == 1
-    assert len(rows) == 8
+    assert len(rows) == 9
     assert all(row["milliseconds"] > 0 for row in rows)

@@ -254,11 +254,46 @@ def test_masks_are_lowered_to_kernels(name):
     for part in ("mask", "segments", "bias"):
         assert attribute(attention, part) == (str(int(name == part)), "i64")
     assert ("jax_sage_pack_mask" in calls) == (name == "mask")
-    # Segments have statistics of their own, which XLA makes.
-    assert ("jax_sage_quantize" in calls) == (name != "segments")
-    if name != "segments":
-        seen = name in ("mask", "bias", "lengths")  # the others' queries see all keys between them
-        assert attribute(calls["jax_sage_quantize"], "some_seen") == (str(int(seen)), "i64")
+    quantize = calls["jax_sage_quantize"]
+    # The others' queries see all keys between them.
+    seen = name in ("mask", "bias", "lengths", "segments")
+    assert attribute(quantize, "some_seen") == (str(int(seen)), "i64")
+    assert attribute(quantize, "segments") == (str(int(name == "segments")), "i64")
+
+
+@needs_module
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_segments_are_quantized_by_the_kernels(recipe):
+    """XLA sorts the ids; out is what the kernel gives."""
+    ids = [np.zeros((3, length), np.int32) for length in (300, 1100)]
+    text = lower(
+        (3, 300, 8, 80),
+        (3, 1100, 2, 80),
+        recipe=recipe,
+        query_segment_ids=ids[0],
+        key_value_segment_ids=ids[1],
+    )
+    calls = custom_calls(text)
+    operands, results = signature(calls["jax_sage_quantize"])
+    assert operands[:3] == [((3, 300, 8, 80), "bf16")] + 2 * [((3, 1100, 2, 80), "bf16")]
+    assert operands[3] == ((3, 1, 1100), "ui8")
+    assert operands[4:] == [((3, 384), "i32")] + 2 * [((3, 1100), "i32")]
+    quantized = [
+        ((3, 8, 384, 128), "i8"),
+        ((3, 8, 384), "f32"),
+        ((3, 8, 384), "f32"),
+        ((3, 2, 1152, 128), "i8"),
+        ((3, 2, 18, 4), "f32"),
+        ((3, 2, 128, 1152), "f8E4M3FN") if recipe == "8+8" else ((3, 2, 1152, 128), "f16"),
+        ((3, 2, 1100, 2, 128), "f32"),
+        ((3, 2, 2, 128), "i32"),
+        ((3, 384), "i32"),
+    ]
+    assert results[:9] == quantized
+    assert signature(calls["jax_sage_attention"])[0][:9] == quantized
+    assert "stablehlo.sort" in text
+    # Nothing of the size of out is computed elsewhere.
+    assert tensor_types(text).count(((3, 300, 8, 80), "f32")) == 0
 
 
 @needs_module
@@ -278,9 +313,13 @@ def test_masks_stay_as_small_as_they_were_given():
 
 
 @needs_module
-def test_no_kernel_for_large_head_dimensions_yet():
+def test_large_head_dimensions_have_kernels_on_hopper_alone(monkeypatch):
+    """Without a GPU the lowering is for the best that the build has."""
+    if 90 in kernels.module().architectures():
+        assert len(custom_calls(lower((1, 100, 2, 192)))) == 2
+    monkeypatch.setattr(kernels, "family", lambda recipe: "mma.sync")
     with pytest.warns(
-        kernels.PortableWarning, match="there is no kernel for head dimension 192 yet"
+        kernels.PortableWarning, match="its kernels have head dimensions up to 128, here it is 192"
     ):
         assert custom_calls(lower((1, 100, 2, 192))) == {}
 
@@ -376,11 +415,30 @@ def right_call(which, recipe="8+8", query=(2, 300, 4, 80), key=(2, 1100, 2, 80))
         v = quantized[5][1]
         parts = ("F32", [*v[:2], 3, 6, quantized[3][1][3]])
         attrs = {"scale_log2": 0.2, "smooth_k": 1.0, "smooth_v": 0.0, "some_seen": 0.0}
+        attrs["segments"] = 0.0
         arrivals = ("S32", [*v[:2], 2])
         args = [describe(q), describe(k), describe(k)]
         if which == "quantize of seen":
             attrs["some_seen"] = 1.0
             args += [("U8", [batch, kv_heads, tokens]), ("F32", [batch, kv_heads])]
+        if which == "quantize of segments":
+            attrs |= {"some_seen": 1.0, "segments": 1.0}
+            args += [
+                ("U8", [batch, kv_heads, tokens]),
+                ("S32", [batch, groups * 64]),
+                ("S32", [batch, tokens]),
+                ("S32", [batch, tokens]),
+            ]
+            hp = quantized[3][1][3]
+            scratch = [
+                ("F32", [batch, kv_heads, 2, 3, 6, hp]),
+                ("S32", [batch, kv_heads, 2, 3]),
+                ("S32", [batch, tokens]),
+                ("BF16", [batch, kv_heads, tokens, hp]),
+                ("F32", [batch, kv_heads, tokens, 2]),
+                ("U32", [batch, kv_heads, tokens, hp, 2]),
+            ]
+            return args, [*by_slot(quantized, tokens), *scratch], attrs
         return args, [*quantized, parts, arrivals], attrs
     attrs = {
         "length_kv": float(key[-3]),
@@ -390,38 +448,61 @@ def right_call(which, recipe="8+8", query=(2, 300, 4, 80), key=(2, 1100, 2, 80))
         "mma_sync": 0.0,
         **dict.fromkeys(("masked", "mask", "segments", "bias"), 0.0),
     }
-    if which == "attention with masks":
-        attrs |= dict.fromkeys(("masked", "mask", "segments", "bias"), 1.0) | {"is_causal": 0.0}
+    if which in ("attention with masks", "attention with segments"):
+        attrs |= dict.fromkeys(("masked", "mask", "bias"), 1.0) | {"is_causal": 0.0}
+        segments = which == "attention with segments"
+        attrs["segments"] = float(segments)
+        quantized = (
+            by_slot(quantized, tokens) if segments else [*quantized, ("F32", [batch, kv_heads])]
+        )
+        ids = [
+            ("S32", [batch, groups * 64]),
+            ("S32", [batch, tiles * 128]),
+            ("S32", [batch, groups, 2]),
+            ("S32", [batch, tiles, 2]),
+        ]
         quantized += [
-            ("F32", [batch, kv_heads]),
             ("S32", [batch, groups * 64, 2]),
             ("S32", [batch, groups, 4]),
             describe(k),
             describe(k),
             ("U32", [batch, heads, tiles, groups * 64, 4]),
             ("U8", [batch, heads, groups, tiles]),
-            ("S32", [batch, groups * 64]),
-            ("S32", [batch, tiles * 128]),
-            ("S32", [batch, groups, 2]),
-            ("S32", [batch, tiles, 2]),
+            *(ids if segments else []),
             ("F16", [batch, heads, query[-3], tiles * 128]),
         ]
     return quantized, [describe(q), ("F32", list(query[:-1]))], attrs
 
 
-MASKS = ["per_counted_key", "rows", "groups", "key", "value", "words", "views", "query_ids",
-         "key_ids", "query_ranges", "key_ranges", "bias"]  # fmt: skip
+def by_slot(quantized, tokens):
+    """With segments the channels are another buffer, and there are slots in place of sums."""
+    batch, kv_heads, _, hp = quantized[3][1]
+    channels = ("F32", [batch, kv_heads, tokens, 2, hp])
+    slots = ("S32", [batch, quantized[0][1][2]])
+    return [*quantized[:6], channels, quantized[7], slots]
+
+
+BY_SLOT = [*QUANTIZED[:8], "query_slots"]
+SCRATCH_BY_SLOT = ["partials", "piece_counts", "key_slots", "slot_means", "slot_factors",
+                   "value_code_sum"]  # fmt: skip
+MASKS = ["rows", "groups", "key", "value", "words", "views"]
+IDS = ["query_ids", "key_ids", "query_ranges", "key_ranges"]
 NAMES = {
     "quantize": (["query", "key", "value"], [*QUANTIZED, "partials", "arrivals"]),
     "quantize of seen": (
         ["query", "key", "value", "seen", "per_counted_key"],
         [*QUANTIZED, "partials", "arrivals"],
     ),
+    "quantize of segments": (
+        ["query", "key", "value", "seen", "query_ids", "sorted_ids", "order"],
+        [*BY_SLOT, *SCRATCH_BY_SLOT],
+    ),
     "attention": (QUANTIZED, ["out", "lse"]),
-    "attention with masks": ([*QUANTIZED, *MASKS], ["out", "lse"]),
+    "attention with masks": ([*QUANTIZED, "per_counted_key", *MASKS, "bias"], ["out", "lse"]),
+    "attention with segments": ([*BY_SLOT, *MASKS, *IDS, "bias"], ["out", "lse"]),
     "pack_mask": (["mask"], ["words", "views"]),
 }
-CALLS = [(which, recipe) for which in list(NAMES)[:4] for recipe in RECIPES]
+CALLS = [(which, recipe) for which in list(NAMES)[:-1] for recipe in RECIPES]
 CALLS.append(("pack_mask", "8+8"))
 
 
@@ -461,7 +542,8 @@ def corruptions(which, recipe):
             for axis, size in enumerate(dims):
                 for wrong in (size + 1, size * 2, 0, -1, 1 << 40):
                     if name == "partials" and axis == 2 and 0 < wrong <= TIGHT["key"][1]:
-                        continue  # any number of parts is right
+                        if which != "quantize of segments":  # which counts by part too
+                            continue  # any number of parts is right
                     if name == "mask" and axis == 3 and wrong == size + 1:
                         continue  # another mask, in as many tiles
                     yield name, side, i, (dtype, [*dims[:axis], wrong, *dims[axis + 1 :]])
@@ -505,6 +587,8 @@ def test_wrong_dtypes_are_named(which, recipe):
         ("quantize", "smooth_k", [2, -1, 0.5]),
         ("quantize", "smooth_v", [2, -1, math.nan]),
         ("quantize", "some_seen", [2, -1, math.nan]),
+        ("quantize", "segments", [2, -1, math.nan]),
+        ("quantize of seen", "segments", [2]),
         ("attention", "masked", [2, -1, math.nan]),
         ("attention with masks", "is_causal", [1, 2]),
         ("attention with masks", "mask", [2, -1]),
@@ -541,8 +625,8 @@ def test_length_kv_must_fit_the_buffers():
 @needs_module
 def test_masks_may_have_ones():
     """For a dimension that is alike for all."""
-    args, results, attrs = right_call("attention with masks")
-    names = NAMES["attention with masks"][0]
+    args, results, attrs = right_call("attention with segments")
+    names = NAMES["attention with segments"][0]
     for name, axis in [
         ("rows", 0), ("groups", 0), ("words", 0), ("words", 1), ("words", 2), ("words", 3),
         ("views", 2), ("views", 3),
@@ -555,6 +639,16 @@ def test_masks_may_have_ones():
     args[-1] = (dtype, [*dims[:3], 2])  # two columns stand for all keys
     assert complaint("attention", args, results, attrs) is None
     assert "bias is F16" in complaint("attention", [*args[:-1], (dtype, [1] * 4)], results, attrs)
+
+
+@needs_module
+def test_ids_may_be_alike_for_all_batch_entries():
+    args, results, attrs = right_call("quantize of segments")
+    for i in range(3, 7):
+        args[i] = (args[i][0], [1, *args[i][1][1:]])
+        # The sorted ids and whose they are belong together.
+        assert (complaint("quantize", args, results, attrs) is None) == (i != 5)
+    assert "needs some_seen" in complaint("quantize", args, results, attrs | {"some_seen": 0.0})
 
 
 @needs_module
@@ -572,7 +666,7 @@ def test_wrong_counts_are_reported(which):
     ("query", "key", "message"),
     [
         ((2, 300, 5, 80), (2, 1100, 2, 80), "5 query heads are not a multiple of 2"),
-        ((2, 300, 4, 129), (2, 1100, 2, 129), "head_dim is 129, allowed: 1 to 128"),
+        ((2, 300, 4, 257), (2, 1100, 2, 257), "head_dim is 257, allowed: 1 to 256"),
         ((3, 300, 4, 80), (2, 1100, 2, 80), "does not fit query"),
         ((2, 300, 4, 64), (2, 1100, 2, 80), "does not fit query"),
     ],

@@ -104,6 +104,38 @@ CASES = {
         ),
         Band(20, 20),
     ),
+    "segments alone": (
+        Masks(
+            query_segment_ids=RNG.integers(0, 4, (2, 11)),
+            key_value_segment_ids=RNG.integers(1, 5, (1, 75)),
+        ),
+        Band(),
+    ),
+    "causal segments": (
+        Masks(
+            query_segment_ids=RNG.integers(0, 3, (1, 11)),
+            key_value_segment_ids=RNG.integers(0, 3, (2, 75)),
+        ),
+        Band(right=0),
+    ),
+    "segments and lengths": (
+        Masks(
+            query_segment_ids=RNG.integers(0, 4, (2, 11)),
+            key_value_segment_ids=RNG.integers(1, 5, (2, 75)),
+            query_seq_lengths=[11, 6],
+            key_value_seq_lengths=[20, 70],
+        ),
+        Band(7, 3, True),
+    ),
+    "segments in which nothing is seen": (
+        Masks(
+            query_segment_ids=RNG.integers(0, 4, (2, 11)),
+            key_value_segment_ids=RNG.integers(1, 5, (2, 75)),
+            query_seq_lengths=[0, 6],
+            key_value_seq_lengths=[20, 0],
+        ),
+        Band(left=2),
+    ),
     "bias": (
         Masks(bias=RNG.choice([0.0, -3.0, 5.0, -np.inf, -1e9, -1e6, np.inf], (1, 4, 11, 75))),
         Band(),

@@ -17,9 +17,9 @@ struct MaskParams {
   const int4* groups;
   int64_t row_stride, group_stride;  // of batch entries
 
-  // Boolean mask, or null. Bit 2n + e of word [B, N, S / kMaskKeys, Tp, 4], index j of the last:
-  // whether the query sees key 8n + 2j + e of the tile. Of each group and tile
-  // [B, N, Tp / kMaskRows, S / kMaskKeys] a TileView.
+  // Boolean mask, or null. Bit 8(2h + e) + 7 - i of word [B, N, S / kMaskKeys, Tp, 4], index j of
+  // the last: whether the query sees key 16i + 8h + 2j + e of the tile. Of each group and tile
+  // [B, N, Tp / kMaskRows, S / kMaskKeys] kNone, kAll or kAll | kByMask.
   const uint32_t* words;
   const uint8_t* views;
   int64_t word_batch_stride, word_head_stride, view_batch_stride, view_head_stride;
@@ -40,7 +40,7 @@ struct MaskParams {
   int64_t bias_batch_stride, bias_head_stride, bias_row_stride, bias_column_stride;
 };
 
-// Tp and Sp are the padded lengths, Hp the padded head dimension (64 or 128).
+// Tp and Sp are the padded lengths, Hp the padded head dimension (64, 128 or 256).
 struct AttentionParams {
   const int8_t* q;                  // [B, N, Tp, Hp]
   const float* q_scale;             // [B, N, Tp]
@@ -66,8 +66,12 @@ struct AttentionParams {
   bool is_causal;
   bool exact_lse;  // if not, lse may come from the sum of the rounded P
   DType out_type;
-  const float* per_counted_key;  // per_key of the keys that count, [B, K]; null: all count
+  const float* per_counted_key;  // with masks: per_key of the keys that count, [B, K]
   MaskParams masks;
+  // With segments, else null; channels, value_code_sum and per_counted_key are null then. Slots as
+  // in layout.h.
+  const float* slot_channels;  // [B, K, S, kSlotRows, Hp]
+  const int32_t* query_slots;  // [B, Tp]; -1: the query sees no key
 };
 
 }  // namespace jax_sage

@@ -88,27 +88,51 @@ struct alignas(16) OutputTable {
   int32_t first_query;          // of the tile
   int64_t query_row;            // of the head's first query, in q_dot_mean
   int64_t output_row;           // the same in out and lse, where rows are `heads` apart
+  int32_t batch;                // with masks
+  int32_t slot;                 // with segments: whose scale and offset these are
 };
 
-// Fills the table with `threads` threads; the caller synchronizes.
+// Of a slot, the rows of slot_channels.
 template <int kHeadDim>
+__device__ __forceinline__ const float* SlotChannels(const AttentionParams& params, int64_t kv_head,
+                                                     int slot) {
+  // A query without keys may have those of any: its output is 0.
+  return params.slot_channels +
+         (kv_head * params.length_kv + max(slot, 0)) * (kSlotRows * kHeadDim);
+}
+
+// Fills the table with `threads` threads; the caller synchronizes.
+template <bool kMasked, int kHeadDim>
 __device__ __forceinline__ void PrepareOutput(OutputTable<kHeadDim>& table,
                                               const AttentionParams& params,
                                               const Position& position, int thread, int threads) {
-  const float* channels = params.channels + position.kv_head * kChannelRows * kHeadDim;
   const int32_t* first_bad = params.first_bad + position.kv_head * kBadRows * kHeadDim;
-  const long long* code_sum = params.value_code_sum + position.kv_head * kHeadDim;
-  const float per_key = params.per_counted_key != nullptr ? params.per_counted_key[position.kv_head]
-                                                          : params.per_key;
-  // With masks, what is not finite is marked later: who sees it is not a matter of the first key.
-  const bool masked = params.masks.rows != nullptr;
   if (thread == 0) {
-    table.first_bad_key = masked ? kNever : first_bad[kBadKey * kHeadDim];
+    if constexpr (!kMasked) table.first_bad_key = first_bad[kBadKey * kHeadDim];
     table.first_query = position.first_row;
     table.query_row = position.head * params.padded_q;
     table.output_row = position.head / params.heads * params.length_q * params.heads +
                        position.head % params.heads;
   }
+  if constexpr (kMasked) {
+    const int batch = static_cast<int>(position.head) / params.heads;
+    if (thread == 0) table.batch = batch;
+    if (params.query_slots != nullptr) {
+      const int slot = __ldg(params.query_slots + batch * static_cast<int64_t>(params.padded_q) +
+                             position.first_row);
+      if (thread == 0) table.slot = slot;
+      const float* slot_channels = SlotChannels<kHeadDim>(params, position.kv_head, slot);
+#pragma unroll 1
+      for (int c = thread; c < kHeadDim; c += threads) {
+        table.scale[c] = __ldg(slot_channels + kSlotScale * kHeadDim + c);
+        table.offset[c] = __ldg(slot_channels + kSlotOffset * kHeadDim + c);
+      }
+      return;
+    }
+  }
+  const float* channels = params.channels + position.kv_head * kChannelRows * kHeadDim;
+  const long long* code_sum = params.value_code_sum + position.kv_head * kHeadDim;
+  const float per_key = kMasked ? params.per_counted_key[position.kv_head] : params.per_key;
 #pragma unroll 1
   for (int c = thread; c < kHeadDim; c += threads) {
     const float scale = channels[kValueScale * kHeadDim + c];
@@ -118,17 +142,18 @@ __device__ __forceinline__ void PrepareOutput(OutputTable<kHeadDim>& table,
     table.scale[c] = scale;
     // 0: nothing was taken from V, and nothing is given back.
     table.offset[c] = average == 0 ? 0 : average - scale * code_mean;
-    table.first_bad[c] = masked ? kNever : first_bad[kBadValue * kHeadDim + c];
+    if constexpr (!kMasked) table.first_bad[c] = first_bad[kBadValue * kHeadDim + c];
   }
 }
 
 // Finishes the outputs of two rows, `row` and `row + 8`, of which this thread holds the channels
-// 8n + 2(lane % 4) + {0, 1}: divides by the row sum, undoes V's scale and mean, and marks what is
-// not finite. Stores lse. `sum` is this thread's part of the sum of P before rounding.
-template <int kHeadDim>
+// kFirst + 8n + 2(lane % 4) + {0, 1}: divides by the row sum, undoes V's scale and mean, and marks
+// what is not finite. With the first channels it stores lse. `sum` is this thread's part of the sum
+// of P before rounding.
+template <bool kMasked, int kFirst = 0, int kHeadDim, int kTiles>
 __device__ __forceinline__ void FinishRows(const AttentionParams& params,
                                            const OutputTable<kHeadDim>& table, int row, int lane,
-                                           float (&o)[kHeadDim / 8][4], const float (&max)[2],
+                                           float (&o)[kTiles][4], const float (&max)[2],
                                            const float (&sum)[2], const float (&quantized_sum)[2]) {
   float norm[2], inverse[2], q_dot_mean[2];
   int last_key[2];
@@ -136,35 +161,75 @@ __device__ __forceinline__ void FinishRows(const AttentionParams& params,
   for (int half = 0; half < 2; ++half) {
     const int this_row = row + 8 * half;
     // Needed last, and far away.
-    q_dot_mean[half] = (lane & 3) == 0 && this_row < params.length_q
+    q_dot_mean[half] = kFirst == 0 && (lane & 3) == 0 && this_row < params.length_q
                            ? params.q_dot_mean[table.query_row + this_row]
                            : 0;
-    last_key[half] = params.is_causal ? min(this_row, params.length_kv - 1) : params.length_kv - 1;
+    // With masks, what is not finite is marked later: who sees it is not a matter of the first key.
+    last_key[half] = kMasked            ? -1
+                     : params.is_causal ? min(this_row, params.length_kv - 1)
+                                        : params.length_kv - 1;
     const bool too_large = fabsf(max[half]) >= kScoreMax && max[half] != -kInf;
     norm[half] = too_large ? kNan : quantized_sum[half];
     inverse[half] = norm[half] == 0 ? 0 : 1.0f / norm[half];
   }
+  bool other_slots = false;  // than that of the table; the same in the warp
+  int slot[2];
+  if constexpr (kMasked) {
+    if (params.query_slots != nullptr) {
+      const int32_t* slots =
+          params.query_slots + table.batch * static_cast<int64_t>(params.padded_q) + row;
+      slot[0] = __ldg(slots);
+      slot[1] = __ldg(slots + 8);
+      other_slots = __any_sync(0xffffffffu, slot[0] != table.slot || slot[1] != table.slot);
+    }
+  }
   int first_bad = kNever;
-#pragma unroll
-  for (int n = 0; n < kHeadDim / 8; ++n) {
-    const int channel = 8 * n + 2 * (lane & 3);
-    const float2 scale = *reinterpret_cast<const float2*>(&table.scale[channel]);
-    const float2 offset = *reinterpret_cast<const float2*>(&table.offset[channel]);
-    const int2 bad = *reinterpret_cast<const int2*>(&table.first_bad[channel]);
-    first_bad = min(first_bad, min(bad.x, bad.y));
+  if (kMasked && other_slots) {
+    const int head = static_cast<int>(table.query_row / params.padded_q);
+    const int64_t kv_head = head / (params.heads / params.kv_heads);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float& x = o[n][2 * half];
-      float& y = o[n][2 * half + 1];
-      x = x * inverse[half] * scale.x + offset.x;
-      y = y * inverse[half] * scale.y + offset.y;
+      const float* channels =
+          SlotChannels<kHeadDim>(params, kv_head, slot[half]) + kFirst + 2 * (lane & 3);
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        // A branch, so that not all is loaded at once: there are no registers for that.
+        if (n % 2 == 0 && kFirst + 8 * n >= params.head_dim) break;
+        const auto load = [&](int slot_row) {
+          return *reinterpret_cast<const float2*>(channels + slot_row * kHeadDim + 8 * n);
+        };
+        const float2 scale = load(kSlotScale), offset = load(kSlotOffset);
+        float& x = o[n][2 * half];
+        float& y = o[n][2 * half + 1];
+        x = x * inverse[half] * scale.x + offset.x;
+        y = y * inverse[half] * scale.y + offset.y;
+      }
+    }
+  } else {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const int channel = kFirst + 8 * n + 2 * (lane & 3);
+      const float2 scale = *reinterpret_cast<const float2*>(&table.scale[channel]);
+      const float2 offset = *reinterpret_cast<const float2*>(&table.offset[channel]);
+      if constexpr (!kMasked) {
+        const int2 bad = *reinterpret_cast<const int2*>(&table.first_bad[channel]);
+        first_bad = min(first_bad, min(bad.x, bad.y));
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float& x = o[n][2 * half];
+        float& y = o[n][2 * half + 1];
+        x = x * inverse[half] * scale.x + offset.x;
+        y = y * inverse[half] * scale.y + offset.y;
+      }
     }
   }
   if (first_bad <= last_key[1] || norm[0] == 0 || norm[1] == 0) {  // rare
 #pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-      const int channel = 8 * n + 2 * (lane & 3);
-      const int2 bad = *reinterpret_cast<const int2*>(&table.first_bad[channel]);
+    for (int n = 0; n < kTiles; ++n) {
+      const int channel = kFirst + 8 * n + 2 * (lane & 3);
+      int2 bad = make_int2(kNever, kNever);
+      if constexpr (!kMasked) bad = *reinterpret_cast<const int2*>(&table.first_bad[channel]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float& x = o[n][2 * half];
@@ -175,17 +240,19 @@ __device__ __forceinline__ void FinishRows(const AttentionParams& params,
       }
     }
   }
+  if constexpr (kFirst == 0) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float total = sum[half];
-    total += __shfl_xor_sync(0xffffffffu, total, 1);
-    total += __shfl_xor_sync(0xffffffffu, total, 2);
-    const int this_row = row + 8 * half;
-    if ((lane & 3) == 0 && this_row < params.length_q) {
-      float lse = CUDART_LN2_F * (max[half] + log2f(total) - kLog2PMax + q_dot_mean[half]);
-      if (table.first_bad_key <= last_key[half] || isnan(norm[half])) lse = kNan;
-      if (norm[half] == 0) lse = -kInf;  // nothing seen, whatever the query
-      params.lse[table.output_row + static_cast<int64_t>(this_row) * params.heads] = lse;
+    for (int half = 0; half < 2; ++half) {
+      float total = sum[half];
+      total += __shfl_xor_sync(0xffffffffu, total, 1);
+      total += __shfl_xor_sync(0xffffffffu, total, 2);
+      const int this_row = row + 8 * half;
+      if ((lane & 3) == 0 && this_row < params.length_q) {
+        float lse = CUDART_LN2_F * (max[half] + log2f(total) - kLog2PMax + q_dot_mean[half]);
+        if ((!kMasked && table.first_bad_key <= last_key[half]) || isnan(norm[half])) lse = kNan;
+        if (norm[half] == 0) lse = -kInf;  // nothing seen, whatever the query
+        params.lse[table.output_row + static_cast<int64_t>(this_row) * params.heads] = lse;
+      }
     }
   }
 }

@@ -10,6 +10,8 @@ namespace jax_sage {
 constexpr int kBlockQ = 128;  // queries are padded to a multiple of this
 constexpr int kBlockKv =
     64;  // keys whose scales are computed together; also the key tile of mma.sync
+constexpr int kMaxHeadDim = 256;
+constexpr int kMaxHeadDimMma = 128;  // of the kernels on mma.sync
 constexpr int kKeyScales = 4;  // per block of keys: one for the keys = {2j, 2j+1} mod 8
 
 constexpr int kLog2PMaxInt = 6;
@@ -44,7 +46,16 @@ enum ChannelRow : int {
   kChannelRows = 6,
 };
 
-// Rows of the `first_bad` buffer [B, K, 2, Hp].
+// Rows of the `channels` buffer with segments, [B, K, S, kSlotRows, Hp]. A segment's slot is the
+// place of its first key among the keys sorted by id.
+enum SlotRow : int {
+  // Of V, and until its codes have been made its absmax and average:
+  kSlotScale = 0,
+  kSlotOffset = 1,  // what smoothing took from it
+  kSlotRows = 2,
+};
+
+// Rows of the `first_bad` buffer [B, K, 2, Hp]. With segments only the least of all is exact.
 enum BadRow : int { kBadKey = 0, kBadValue = 1, kBadRows = 2 };
 
 enum class DType : int { kF16, kBf16, kF32 };

@@ -146,6 +146,21 @@ __device__ __forceinline__ uint32_t PackE4m3(float x0, float x1, float x2, float
       : "f"(x0), "f"(x1), "f"(x2), "f"(x3));
   return packed;
 }
+// The sign of a byte of x, 32 times.
+__device__ __forceinline__ int32_t SpreadSign(uint32_t x, int byte) {
+  int32_t result;
+  asm("prmt.b32 %0, %1, %1, %2;" : "=r"(result) : "r"(x), "r"(0x8888 | byte * 0x1111));
+  return result;
+}
+// Byte b of the result is the sign of byte kB of x, eight times.
+template <int k0, int k1, int k2, int k3>
+__device__ __forceinline__ uint32_t SpreadSigns(uint32_t x) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %1, %2;"
+      : "=r"(result)
+      : "r"(x), "n"(0x8888 | k0 | k1 << 4 | k2 << 8 | k3 << 12));
+  return result;
+}
 // Two floats to FP16, x0 in the lower half.
 __device__ __forceinline__ uint32_t PackF16(float x0, float x1) {
   uint32_t packed;

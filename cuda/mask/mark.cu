@@ -6,7 +6,7 @@
 namespace jax_sage {
 namespace {
 
-constexpr int kThreads = 128;  // one a channel
+constexpr int kThreads = kMaxHeadDim;  // one a channel
 constexpr int kRows = 32;      // queries at a time, one a lane
 constexpr int kTurns = 8;      // of a CTA
 

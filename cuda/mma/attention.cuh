@@ -205,6 +205,31 @@ __device__ __forceinline__ void Softmax(const int32_t (&s)[kBlockKv / 8][4],
   }
 }
 
+// What a thread's rows, `row` and `row + 8`, see of the tile from `first_key` on.
+__device__ __forceinline__ SeenKeys<kBlockKv> FindSeen(const MaskParams& masks, unsigned view,
+                                                       int batch, int head, int row, int first_key,
+                                                       int lane) {
+  SeenKeys<kBlockKv> seen;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int this_row = row + 8 * half;
+    uint32_t bits = ~0u;
+    if (view & kByInterval) {
+      const int2 interval = __ldg(masks.rows + batch * masks.row_stride + this_row);
+      bits &= ColumnsOf<kBlockKv>(interval, first_key + 2 * (lane & 3));
+    }
+    if (view & kByMask) {
+      bits &= MaskWord(masks, MaskRow(masks, batch, head, this_row), 0, first_key, lane);
+    }
+    if (view & kBySegment) {
+      bits &= ColumnsOfSegment<kBlockKv>(masks, batch, SegmentOf(masks, batch, this_row), first_key,
+                                         lane);
+    }
+    seen.bits[half] = bits;
+  }
+  return seen;
+}
+
 // Volatile, so that the epilogue computes the position anew: registers for the main loop.
 __device__ __forceinline__ unsigned BlockIndex() {
   unsigned block;
@@ -318,7 +343,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
     const uint32_t k_tile = stages + (step % T::kStages) * T::kStageBytes;
     const uint32_t v_tile = k_tile + T::kKBytes;
     const int first_key = tile * kBlockKv;
-    TileView view = kAll;
+    unsigned view = kAll;
     if constexpr (T::kMasked) {
       view = view_of(warp_row / kMaskRows, tile);
       if (view == kNone) continue;
@@ -361,20 +386,14 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
                               ptx::LoadSharedAs<float>(q_scale + 8 * 4) * k_scale};
       const int row = warp_row + m * 16 + lane / 4;
       if constexpr (T::kBiased) {
-        float bias[1][kBlockKv / 2];
+        float bias[kBlockKv / 2];
         BiasRows(params, batch(), head(), row).Load(bias, first_key, lane);
 #pragma unroll
-        for (int i = 0; i < kBlockKv / 2; ++i) p[i / 4][i % 4] = bias[0][i];
+        for (int i = 0; i < kBlockKv / 2; ++i) p[i / 4][i % 4] = bias[i];
       }
-      if (T::kMasked && view == kSome) {
-        SeenKeys seen;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int2 interval = __ldg(params.masks.rows + batch() * params.masks.row_stride + row +
-                                      8 * half);
-          seen.bits[half] = SeenOfBlock(params.masks, batch(), head(), row + 8 * half, interval,
-                                        first_key, lane);
-        }
+      if (T::kMasked && view != kAll) {
+        const SeenKeys<kBlockKv> seen =
+            FindSeen(params.masks, view, batch(), head(), row, first_key, lane);
         Softmax<T::kBiased>(s[m], p, state[m], alpha[m], scale, seen);
       } else if (!T::kMasked && masked) {
         KeysBelow seen;
@@ -438,14 +457,14 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
   Table& table = *reinterpret_cast<Table*>(shared_memory);
   if constexpr (T::kMasked) ptx::CopyAsyncWait<0>();  // there may have been no tile to wait for
   __syncthreads();
-  PrepareOutput(table, params, FindPosition<kBlockQ>(params, BlockIndex(), gridDim.x), threadIdx.x,
-                T::kThreads);
+  PrepareOutput<T::kMasked>(table, params, FindPosition<kBlockQ>(params, BlockIndex(), gridDim.x),
+                            threadIdx.x, T::kThreads);
   __syncthreads();
 #pragma unroll
   for (int m = 0; m < T::kTilesM; ++m) {
     const int row = table.first_query + (warp * T::kTilesM + m) * 16 + lane / 4;
-    FinishRows<kHeadDim>(params, table, row, lane, o[m], state[m].max, state[m].sum,
-                         state[m].quantized_sum);
+    FinishRows<T::kMasked>(params, table, row, lane, o[m], state[m].max, state[m].sum,
+                           state[m].quantized_sum);
     WithOutputType(params.out_type,
                    [&](auto type) { StoreRows<decltype(type)>(params, table, row, lane, o[m]); });
   }

@@ -3,7 +3,10 @@
 
 #include <cuda_fp8.h>
 
+#include <type_traits>
+
 #include "quantize/quantize.h"
+#include "quantize/slots.cuh"
 #include "quantize/statistics.cuh"
 #include "quantize/tokens.cuh"
 
@@ -73,28 +76,52 @@ __device__ __forceinline__ int LargestBits(const Vector<In>& vector) {
   return LargestBits(ToFloats(largest));
 }
 
+// K's means of the tokens of a chunk: one of all.
+struct OneMean {
+  static constexpr bool kBySlot = false;
+  float mean[kVector];
+  __device__ __forceinline__ void Next(int) {}
+  __device__ __forceinline__ void Select(int) {}
+  __device__ __forceinline__ float Center(float x, int i) const { return x - mean[i]; }
+};
+
+template <class T, Tensor kTensor>
+__device__ __forceinline__ OneMean MeansOf(const QuantizeParams& params, int kv_head) {
+  constexpr int kHeadDim = T::kThreadsPerRow * kVector;
+  WaitForStatistics(params, kv_head, kKey);
+  OneMean result;
+  LoadFloats(result.mean, params.channels +
+                              kv_head * static_cast<int64_t>(kChannelRows * kHeadDim) +
+                              kKeyMean * kHeadDim + T::Channel());
+  return result;
+}
+template <class T, Tensor kTensor>
+__device__ __forceinline__ SlotMeans<T, kTensor> MeansOf(const SegmentedParams& params,
+                                                         int kv_head) {
+  return {params, kv_head};
+}
+
 // A chunk of the rows of Q: codes, scales, and q·k̄ for lse.
-template <class In, int kAccess, int kHeadDim>
-__device__ __forceinline__ void MakeQueryCodes(const QuantizeParams& params, int head, int first) {
+template <class In, int kAccess, int kHeadDim, class Params>
+__device__ __forceinline__ void MakeQueryCodes(const Params& params, int head, int first) {
   using T = Tokens<In, kAccess, kHeadDim>;
   constexpr int kInfBits = 0x7f800000;
   const T tokens(params.query, head, params.heads, params.length_q, params.head_dim, nullptr);
   Vector<In> x[kPasses];
   tokens.template Load<kQuery>(x, first);
   const int kv_head = head / (params.heads / params.kv_heads);
-  WaitForStatistics(params, kv_head, kKey);
-  float k_mean[kVector];
-  LoadFloats(k_mean, params.channels + kv_head * static_cast<int64_t>(kChannelRows * kHeadDim) +
-                         kKeyMean * kHeadDim + T::Channel());
+  auto means = MeansOf<T, kQuery>(params, kv_head);
+  means.Next(first);
   float dots[kPasses];
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
+    means.Select(pass);
     dots[pass] = 0;
 #pragma unroll
     for (int i = 0; i < kVector / 2; ++i) {
       const float2 pair = ToFloats(x[pass].pairs[i]);
-      dots[pass] = fmaf(pair.x, k_mean[2 * i], dots[pass]);
-      dots[pass] = fmaf(pair.y, k_mean[2 * i + 1], dots[pass]);
+      dots[pass] = fmaf(pair.x, means.mean[2 * i], dots[pass]);
+      dots[pass] = fmaf(pair.y, means.mean[2 * i + 1], dots[pass]);
     }
   }
   const float dot = ReducePasses<T::kThreadsPerRow>(dots, [](float a, float b) { return a + b; });
@@ -129,27 +156,30 @@ __device__ __forceinline__ void MakeQueryCodes(const QuantizeParams& params, int
   }
   const int row = T::template RowOfPass<kQuery>(PassOfThread<T::kThreadsPerRow>());
   if (first + row < params.padded_q && threadIdx.x % (T::kThreadsPerRow / kPasses) == 0) {
-    params.q_scale[first_index + row] = bad ? kNan : absmax * params.q_scale_factor;
+    float scale = absmax * params.q_scale_factor;
+    if constexpr (decltype(means)::kBySlot) scale *= means.SizeOf(first + row);
+    params.q_scale[first_index + row] = bad ? kNan : scale;
     params.q_dot_mean[first_index + row] = dot * params.scale_log2;
   }
 }
 
 template <int kHeadDim>
 struct SharedKey {
-  static constexpr int kRowPairs = kThreads * kVector / kHeadDim / 2;
-  static constexpr int kBlocks = kThreads * kVector * kPasses / kHeadDim / kBlockKv;
-  float absmax[kBlocks][kRowPairs];
+  static constexpr int kRows = kThreads<kHeadDim> * kVector / kHeadDim;
+  static constexpr int kBlocks = kRows * kPasses / kBlockKv;
+  // The rows of a pair have a scale in common: they are neighbours in a warp, or in two.
+  static constexpr int kRowsOfWarp = kHeadDim <= 128 ? 2 : 1;
+  float absmax[kBlocks][kRows / kRowsOfWarp];
 };
 
 // A chunk of K: codes, and four scales for each 64 keys. Synchronizes once.
-template <class T, int kHeadDim>
-__device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params,
-                                                const T& tokens, SharedKey<kHeadDim>& shared,
-                                                int head, int first,
+template <class T, class Means, int kHeadDim>
+__device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params, const T& tokens,
+                                                SharedKey<kHeadDim>& shared, int head, int first,
                                                 const Vector<typename T::Element> (&x)[kPasses],
-                                                const float (&mean)[kVector]) {
+                                                Means& means) {
   constexpr int kPassesPerBlock = kBlockKv / T::kRows;
-  // The rows of a pair have a scale in common, and are neighbours in a warp.
+  constexpr int kRowsOfWarp = shared.kRowsOfWarp;
   const int pair = T::Row() / 2, scale_class = pair % kKeyScales;
 #pragma unroll
   for (int block = 0; block < shared.kBlocks; ++block) {
@@ -157,18 +187,21 @@ __device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params,
 #pragma unroll
     for (int i = 0; i < kPassesPerBlock; ++i) {
       const int pass = block * kPassesPerBlock + i;
+      means.Select(pass);
       float values[kVector], row_absmax = 0;
       ToFloats(values, x[pass]);
 #pragma unroll
       for (int c = 0; c < kVector; ++c) {
-        row_absmax = fmaxf(row_absmax, fabsf(values[c] - mean[c]));
+        row_absmax = fmaxf(row_absmax, fabsf(means.Center(values[c], c)));
       }
       if (tokens.Counts(first + T::template RowOfPass<kKey>(pass))) {
         absmax = fmaxf(absmax, row_absmax);
       }
     }
-    absmax = MaxAcross<2 * T::kThreadsPerRow>(absmax);
-    if (threadIdx.x % (2 * T::kThreadsPerRow) == 0) shared.absmax[block][pair] = absmax;
+    absmax = MaxAcross<kRowsOfWarp * T::kThreadsPerRow>(absmax);
+    if (threadIdx.x % (kRowsOfWarp * T::kThreadsPerRow) == 0) {
+      shared.absmax[block][T::Row() / kRowsOfWarp] = absmax;
+    }
   }
   __syncthreads();
 #pragma unroll
@@ -177,19 +210,28 @@ __device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params,
     if (first_of_block >= params.padded_kv) break;
     float absmax = kAbsmaxFloor;
 #pragma unroll
-    for (int p = 0; p < shared.kRowPairs; p += kKeyScales) {
-      absmax = fmaxf(absmax, shared.absmax[block][p + scale_class]);
+    for (int row = 0; row < shared.kRows; row += 2 * kKeyScales) {
+#pragma unroll
+      for (int i = 0; i < 2; i += kRowsOfWarp) {
+        absmax = fmaxf(absmax, shared.absmax[block][(row + 2 * scale_class + i) / kRowsOfWarp]);
+      }
     }
     const float inverse = __fdiv_rn(kInt8Max, absmax);
 #pragma unroll
     for (int i = 0; i < kPassesPerBlock; ++i) {
       const int pass = block * kPassesPerBlock + i;
       const int row = first + T::template RowOfPass<kKey>(pass);
-      const float row_inverse = tokens.Counts(row) ? inverse : 0;
+      const bool counts = tokens.Counts(row);
+      const float row_inverse = counts ? inverse : 0;
+      means.Select(pass);
       float values[kVector];
       ToFloats(values, x[pass]);
 #pragma unroll
-      for (int c = 0; c < kVector; ++c) values[c] -= mean[c];
+      for (int c = 0; c < kVector; ++c) {
+        values[c] = means.Center(values[c], c);
+        // By the size of a segment that it does not count in it may have become infinite.
+        if (Means::kBySlot && !counts) values[c] = 0;
+      }
       const int64_t index = head * static_cast<int64_t>(params.padded_kv) + row;
       *reinterpret_cast<uint2*>(params.k + index * kHeadDim + T::Channel()) =
           make_uint2(PackInt8(values[0], values[1], values[2], values[3], row_inverse),
@@ -202,8 +244,27 @@ __device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params,
   }
 }
 
-template <class In, int kAccess, int kHeadDim>
-__device__ __forceinline__ void MakeKeyCodes(const QuantizeParams& params, const Plan& plan,
+template <int kHeadDim>
+__device__ __forceinline__ void StoreZeros(void* to, int bytes) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < bytes / 16; i += kThreads<kHeadDim>) {
+    static_cast<uint4*>(to)[i] = make_uint4(0, 0, 0, 0);
+  }
+}
+
+// The codes and scales of `count` keys of which none counts, a multiple of kBlockKv.
+template <int kHeadDim>
+__device__ __forceinline__ void ZeroKeyCodes(const QuantizeParams& params, int head, int first,
+                                             int count) {
+  const int64_t index = head * static_cast<int64_t>(params.padded_kv) + first;
+  StoreZeros<kHeadDim>(params.k + index * kHeadDim, count * kHeadDim);
+  if (threadIdx.x < count / kBlockKv * kKeyScales) {
+    params.k_scale[index / kBlockKv * kKeyScales + threadIdx.x] = kAbsmaxFloor * (1.0f / kInt8Max);
+  }
+}
+
+template <class In, int kAccess, int kHeadDim, class Params>
+__device__ __forceinline__ void MakeKeyCodes(const Params& params, const Plan& plan,
                                              SharedKey<kHeadDim>& shared, int head, int part) {
   using T = Tokens<In, kAccess, kHeadDim>;
   const int64_t begin = static_cast<int64_t>(part) * plan.tokens_per_part;
@@ -212,48 +273,81 @@ __device__ __forceinline__ void MakeKeyCodes(const QuantizeParams& params, const
   const T tokens(params.key, head, params.kv_heads, params.length_kv, params.head_dim,
                  SeenBy(params, head));
   int first = static_cast<int>(begin);
+  bool counts = !T::kHasUnseen || ChunkCounts<kKey>(tokens, first);  // a key of the chunk does
   Vector<In> x[kPasses];
   tokens.template Load<kKey>(x, first);
-  WaitForStatistics(params, head, kKey);
-  float mean[kVector];
-  LoadFloats(mean, params.channels + head * static_cast<int64_t>(kChannelRows * kHeadDim) +
-                       kKeyMean * kHeadDim + T::Channel());
+  auto means = MeansOf<T, kKey>(params, head);
   const bool is_bad = __ldcg(params.first_bad + head * static_cast<int64_t>(kBadRows * kHeadDim) +
                              kBadKey * kHeadDim) != kNever;
 #pragma unroll 1
   while (true) {
-    if (is_bad) MakeFinite(x);
-    KeyCodesOfChunk<T>(params, tokens, shared, head, first, x, mean);
+    if (counts) {
+      if (is_bad) MakeFinite(x);
+      means.Next(first);
+      KeyCodesOfChunk<T>(params, tokens, shared, head, first, x, means);
+    } else {
+      ZeroKeyCodes<kHeadDim>(params, head, first, min(static_cast<int>(end) - first, T::kTokens));
+    }
     if (end - first <= T::kTokens) return;
     first += T::kTokens;
     tokens.template Load<kKey>(x, first);
-    __syncthreads();  // all have read `shared`
+    counts = ChunkCounts<kKey>(tokens, first);  // all have read `shared`
   }
 }
 
 template <int kHeadDim>
 struct SharedValue {
-  static constexpr int kQuads = kThreads * kVector / kHeadDim;  // one for each row of threads
+  static constexpr int kQuads = kThreads<kHeadDim> * kVector / kHeadDim;  // one a row of threads
   alignas(16) uint32_t transposed[(kHeadDim + 1) * kQuads];
-  int2 sums[kWarps][kHeadDim / 2];
+  int2 sums[kWarps<kHeadDim>][kHeadDim / 2];
   float2 mean[kHeadDim / 2];
   float2 down[kHeadDim / 2];
   float2 inverse[kHeadDim / 2];
 };
 
+// Where a thread's four codes of one of its channels are in SharedValue::transposed. Words of a
+// channel are exchanged by its group's number: a warp writes to, and reads from, all banks at once.
+// Where a channel has 16 words, those of the upper half of the channels move by 16 more, into the
+// next row: hence one row more.
+template <class T>
+constexpr int kExchange = 32 / T::kThreadsPerRow;
+template <class T>
+__device__ __forceinline__ int WordOf(int channel) {
+  return channel * T::kRows + (T::Row() ^ T::Channel() / kVector * kExchange<T>);
+}
+
+// The codes of a chunk of V in FP8.
+template <class T, int kHeadDim>
+__device__ __forceinline__ void StoreTransposed(const QuantizeParams& params,
+                                                const SharedValue<kHeadDim>& shared, int head,
+                                                int first) {
+  constexpr int kQuads = SharedValue<kHeadDim>::kQuads;
+  uint8_t* out = static_cast<uint8_t*>(params.v) +
+                 head * static_cast<int64_t>(kHeadDim) * params.padded_kv + first;
+#pragma unroll
+  for (int i = threadIdx.x; i < kHeadDim * (kQuads / 4); i += kThreads<kHeadDim>) {
+    const int row = i / (kQuads / 4), sixteen = i % (kQuads / 4);
+    const int row_exchange = row / kVector * kExchange<T>;
+    uint4 words = *reinterpret_cast<const uint4*>(
+        &shared.transposed[row * kQuads + (4 * sixteen ^ (row_exchange & ~3))]);
+    static_assert(kQuads >= 16);
+    if (row_exchange & 2) words = make_uint4(words.z, words.w, words.x, words.y);
+    if (kExchange<T> % 2 != 0 && row_exchange & 1) {
+      words = make_uint4(words.y, words.x, words.w, words.z);
+    }
+    if (first + 16 * sixteen < params.padded_kv) {
+      *reinterpret_cast<uint4*>(out + row * static_cast<int64_t>(params.padded_kv) + 16 * sixteen) =
+          words;
+    }
+  }
+}
+
 // A chunk of V: codes, and of channel threadIdx.x their sum. Synchronizes once.
 template <bool kFp8, class T, int kHeadDim>
 __device__ __forceinline__ long long ValueCodesOfChunk(
     const QuantizeParams& params, const T& tokens, SharedValue<kHeadDim>& shared, int head,
-    int first,
-    const Vector<typename T::Element> (&x)[kPasses]) {
-  constexpr int kQuads = SharedValue<kHeadDim>::kQuads;
+    int first, const Vector<typename T::Element> (&x)[kPasses]) {
   const int channel = T::Channel(), lane = threadIdx.x % 32;
-  // Words of a channel are exchanged by its group's number: a warp writes to, and reads from, all
-  // banks at once. Where a channel has 16 words, those of the upper half of the channels move by 16
-  // more, into the next row: hence one row more.
-  constexpr int kExchange = 32 / T::kThreadsPerRow;
-  const int exchange = channel / kVector * kExchange;
   alignas(16) __half2 halves[kPasses][kVector / 2];
 #pragma unroll
   for (int i = 0; i < kVector / 2; ++i) {
@@ -276,7 +370,7 @@ __device__ __forceinline__ long long ValueCodesOfChunk(
       const auto put = [&](int c, float4 values) {
         __nv_fp8x4_e4m3 codes(values);
         codes.__x &= is_key;
-        shared.transposed[c * kQuads + (T::Row() ^ exchange)] = codes.__x;
+        shared.transposed[WordOf<T>(c)] = codes.__x;
         const float4 rounded = static_cast<float4>(codes);
         // Multiples of 2^-9 up to 7.5: exact.
         return __float2int_rn((rounded.x + rounded.y + rounded.z + rounded.w) * (1 / kCodeUnit));
@@ -313,35 +407,89 @@ __device__ __forceinline__ long long ValueCodesOfChunk(
     }
   }
   __syncthreads();
-  if constexpr (kFp8) {
-    uint8_t* out = static_cast<uint8_t*>(params.v) +
-                   head * static_cast<int64_t>(kHeadDim) * params.padded_kv + first;
-#pragma unroll
-    for (int i = threadIdx.x; i < kHeadDim * (kQuads / 4); i += kThreads) {
-      const int row = i / (kQuads / 4), sixteen = i % (kQuads / 4);
-      const int row_exchange = row / kVector * kExchange;
-      uint4 words = *reinterpret_cast<const uint4*>(
-          &shared.transposed[row * kQuads + (4 * sixteen ^ (row_exchange & ~3))]);
-      static_assert(kExchange % 2 == 0 && kQuads >= 16);
-      if (row_exchange & 2) words = make_uint4(words.z, words.w, words.x, words.y);
-      if (first + 16 * sixteen < params.padded_kv) {
-        *reinterpret_cast<uint4*>(out + row * static_cast<int64_t>(params.padded_kv) +
-                                  16 * sixteen) = words;
-      }
-    }
-  }
+  if constexpr (kFp8) StoreTransposed<T>(params, shared, head, first);
   long long total = 0;
   if (threadIdx.x < kHeadDim) {
 #pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) total += (&shared.sums[warp][0].x)[threadIdx.x];
+    for (int warp = 0; warp < kWarps<kHeadDim>; ++warp)
+      total += (&shared.sums[warp][0].x)[threadIdx.x];
   }
   return total;
 }
 
-template <class In, int kAccess, int kHeadDim>
-__device__ __forceinline__ void MakeValueCodes(const QuantizeParams& params, const Plan& plan,
+// A chunk of V with tokens of several segments: codes, and their sums. Rare where segments are
+// contiguous, and so a token of each thread at a time. Synchronizes once.
+template <bool kFp8, class T, int kHeadDim>
+__device__ __forceinline__ void MixedValueCodesOfChunk(const QuantizeParams& params,
+                                                       const T& tokens,
+                                                       SharedValue<kHeadDim>& shared, int head,
+                                                       int first, const SlotValues<T>& values) {
+  const auto integer = [](float code) { return __float2int_rn(code * (1 / kCodeUnit)); };
+#pragma unroll 1
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int token = first + T::template RowOfPass<kValue>(pass);
+    if (token >= params.padded_kv) continue;
+    const bool is_key = tokens.Counts(token);
+    const int slot = values.SlotOf(token);
+    Vector<typename T::Element> x = tokens.Load(token);
+    MakeFinite(x);
+    alignas(16) __half2 halves[kVector / 2];
+#pragma unroll
+    for (int i = 0; i < kVector / 2; ++i) {
+      const int channel = T::Channel() + 2 * i;
+      float2 rounded = values.Load(slot, channel / 2).Scale(ToFloats(x.pairs[i]));
+      if (!is_key) rounded = make_float2(0, 0);
+      if constexpr (kFp8) {
+        const __nv_fp8x2_e4m3 codes(rounded);
+        rounded = static_cast<float2>(codes);
+        uint8_t* words = reinterpret_cast<uint8_t*>(shared.transposed) + pass;
+        words[4 * WordOf<T>(channel)] = codes.__x & 0xff;
+        words[4 * WordOf<T>(channel + 1)] = codes.__x >> 8;
+      } else {
+        halves[i] = __float22half2_rn(rounded);
+        rounded = __half22float2(halves[i]);
+      }
+      values.AddSum(slot, channel, integer(rounded.x));
+      values.AddSum(slot, channel + 1, integer(rounded.y));
+    }
+    if constexpr (!kFp8) {
+      const int64_t index = head * static_cast<int64_t>(params.padded_kv) + token;
+      *reinterpret_cast<uint4*>(static_cast<__half*>(params.v) + index * kHeadDim + T::Channel()) =
+          *reinterpret_cast<const uint4*>(halves);
+    }
+  }
+  __syncthreads();
+  if constexpr (kFp8) StoreTransposed<T>(params, shared, head, first);
+}
+
+// The codes of V of such keys.
+template <int kHeadDim>
+__device__ __forceinline__ void ZeroValueCodes(const QuantizeParams& params, int head, int first,
+                                               int count) {
+  const int64_t index = head * static_cast<int64_t>(params.padded_kv);
+  if (!params.fp8_value) {
+    StoreZeros<kHeadDim>(static_cast<__half*>(params.v) + (index + first) * kHeadDim,
+                         count * (kHeadDim * static_cast<int>(sizeof(__half))));
+    return;
+  }
+  constexpr int kWords = kBlockKv / 16;  // of a channel
+#pragma unroll 1
+  for (; count > 0; count -= kBlockKv, first += kBlockKv) {
+    uint8_t* out = static_cast<uint8_t*>(params.v) + index * kHeadDim + first;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kHeadDim * kWords; i += kThreads<kHeadDim>) {
+      const int64_t channel = i / kWords;
+      reinterpret_cast<uint4*>(out + channel * params.padded_kv)[i % kWords] =
+          make_uint4(0, 0, 0, 0);
+    }
+  }
+}
+
+template <class In, int kAccess, int kHeadDim, class Params>
+__device__ __forceinline__ void MakeValueCodes(const Params& params, const Plan& plan,
                                                SharedValue<kHeadDim>& shared, int head, int part) {
   using T = Tokens<In, kAccess, kHeadDim>;
+  constexpr bool kBySlot = std::is_same_v<Params, SegmentedParams>;
   const int64_t begin = static_cast<int64_t>(part) * plan.tokens_per_part;
   const int64_t end = min(begin + plan.tokens_per_part, static_cast<int64_t>(params.padded_kv));
   if (begin >= end) return;
@@ -350,35 +498,86 @@ __device__ __forceinline__ void MakeValueCodes(const QuantizeParams& params, con
   int first = static_cast<int>(begin);
   Vector<In> x[kPasses];
   tokens.template Load<kValue>(x, first);
-  WaitForStatistics(params, head, kValue);
   const int c = threadIdx.x;
   bool is_bad = false;
+  if constexpr (!kBySlot) {
+    WaitForStatistics(params, head, kValue);
+    if (c < kHeadDim) {
+      const float* channels =
+          params.channels + head * static_cast<int64_t>(kChannelRows * kHeadDim) + c;
+      (&shared.mean[0].x)[c] = __ldcg(channels + kValueMean * kHeadDim);
+      (&shared.down[0].x)[c] = __ldcg(channels + kValueDown * kHeadDim);
+      (&shared.inverse[0].x)[c] = __ldcg(channels + kValueInverse * kHeadDim);
+    }
+  }
   if (c < kHeadDim) {
-    const float* channels =
-        params.channels + head * static_cast<int64_t>(kChannelRows * kHeadDim) + c;
-    (&shared.mean[0].x)[c] = __ldcg(channels + kValueMean * kHeadDim);
-    (&shared.down[0].x)[c] = __ldcg(channels + kValueDown * kHeadDim);
-    (&shared.inverse[0].x)[c] = __ldcg(channels + kValueInverse * kHeadDim);
     is_bad = __ldcg(params.first_bad + head * static_cast<int64_t>(kBadRows * kHeadDim) +
                     kBadValue * kHeadDim + c) != kNever;
   }
   is_bad = __syncthreads_or(is_bad);
+  const auto make = [&] {
+    return params.fp8_value ? ValueCodesOfChunk<true, T>(params, tokens, shared, head, first, x)
+                            : ValueCodesOfChunk<false, T>(params, tokens, shared, head, first, x);
+  };
   long long total = 0;
+  if constexpr (kBySlot) {
+    const SlotValues<T> values(params, head);
+    int shared_slot = -1;  // of what is in `shared`, and of the total
+    const auto add_total = [&] {
+      if (c < kHeadDim && shared_slot >= 0) values.AddSum(shared_slot, c, total);
+      total = 0;
+    };
 #pragma unroll 1
-  while (true) {
-    if (is_bad) MakeFinite(x);
-    total += params.fp8_value ? ValueCodesOfChunk<true, T>(params, tokens, shared, head, first, x)
-                              : ValueCodesOfChunk<false, T>(params, tokens, shared, head, first, x);
-    if (end - first <= T::kTokens) break;
-    first += T::kTokens;
-    tokens.template Load<kValue>(x, first);
-    __syncthreads();  // all have read `shared`
-  }
-  if (params.smooth_v && c < kHeadDim) {
-    // Integers: the order of the additions does not show.
-    atomicAdd(reinterpret_cast<unsigned long long*>(params.value_code_sum) +
-                  head * static_cast<int64_t>(kHeadDim) + c,
-              static_cast<unsigned long long>(total));
+    while (true) {
+      const int slot = values.SlotOfChunk(first);  // all have read `shared`
+      if (slot < 0) {
+        if (params.fp8_value) {
+          MixedValueCodesOfChunk<true, T>(params, tokens, shared, head, first, values);
+        } else {
+          MixedValueCodesOfChunk<false, T>(params, tokens, shared, head, first, values);
+        }
+      } else {
+        if (slot != shared_slot) {
+          add_total();
+          shared_slot = slot;
+          if (c < kHeadDim / 2) {
+            const ValuePair pair = values.Load(slot, c);
+            shared.mean[c] = pair.mean;
+            shared.down[c] = pair.down;
+            shared.inverse[c] = pair.inverse;
+          }
+          __syncthreads();
+        }
+        if (is_bad) MakeFinite(x);
+        total += make();
+      }
+      if (end - first <= T::kTokens) break;
+      first += T::kTokens;
+      tokens.template Load<kValue>(x, first);
+    }
+    add_total();
+  } else {
+    bool counts = !T::kHasUnseen || ChunkCounts<kValue>(tokens, first);
+#pragma unroll 1
+    while (true) {
+      if (counts) {
+        if (is_bad) MakeFinite(x);
+        total += make();
+      } else {
+        ZeroValueCodes<kHeadDim>(params, head, first,
+                                 min(static_cast<int>(end) - first, T::kTokens));
+      }
+      if (end - first <= T::kTokens) break;
+      first += T::kTokens;
+      tokens.template Load<kValue>(x, first);
+      counts = ChunkCounts<kValue>(tokens, first);  // all have read `shared`
+    }
+    if (params.smooth_v && c < kHeadDim) {
+      // Integers: the order of the additions does not show.
+      atomicAdd(reinterpret_cast<unsigned long long*>(params.value_code_sum) +
+                    head * static_cast<int64_t>(kHeadDim) + c,
+                static_cast<unsigned long long>(total));
+    }
   }
 }
 

@@ -33,8 +33,10 @@ union Shared {
 };
 
 template <class In, int kAccess, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, sizeof(In) == 4 ? 2 : 4)
+__global__ void __launch_bounds__(kThreads<kHeadDim>,
+                                  (sizeof(In) == 4 ? 512 : 1024) / kThreads<kHeadDim>)
     Quantize(const QuantizeParams params, const Plan plan) {
+  if (!kIsBuilt<kHeadDim>) return;
   __shared__ Shared<kHeadDim> shared;
   // First the lead, then codes and statistics by turns, the codes that are left, and Q.
   const int block = blockIdx.x;
@@ -105,21 +107,21 @@ cudaError_t Launch(const QuantizeParams& params, cudaStream_t stream) {
   error = cudaMemsetAsync(params.arrivals, 0, units * sizeof(*params.arrivals), stream);
   if (error != cudaSuccess) return error;
   Quantize<In, kAccess, kHeadDim>
-      <<<static_cast<unsigned>(2 * items + query_items), kThreads, 0, stream>>>(params, plan);
+      <<<static_cast<unsigned>(2 * items + query_items), kThreads<kHeadDim>, 0, stream>>>(params,
+                                                                                          plan);
   return cudaGetLastError();
 }
 
 template <class In, int kAccess>
 cudaError_t LaunchFor(const QuantizeParams& params, cudaStream_t stream) {
-  return params.padded_head_dim == 64 ? Launch<In, kAccess, 64>(params, stream)
-                                      : Launch<In, kAccess, 128>(params, stream);
+  if (params.padded_head_dim == 64) return Launch<In, kAccess, 64>(params, stream);
+  if (params.padded_head_dim == 128) return Launch<In, kAccess, 128>(params, stream);
+  return Launch<In, kAccess, 256>(params, stream);
 }
 
 template <class In>
 cudaError_t LaunchFor(const QuantizeParams& params, cudaStream_t stream) {
-  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  const bool wide = params.head_dim * sizeof(In) % 16 == 0 && aligned(params.query) &&
-                    aligned(params.key) && aligned(params.value);
+  const bool wide = IsWide(params, sizeof(In));
   if (params.seen != nullptr) {
     return wide ? LaunchFor<In, kWide | kSomeSeen>(params, stream)
                 : LaunchFor<In, kSomeSeen>(params, stream);

@@ -1,6 +1,7 @@
 // Quantization of Q, K and V for the attention kernels: parameters and launch.
 #pragma once
 
+#include <cuda_bf16.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
@@ -49,9 +50,31 @@ struct QuantizeParams {
 };
 
 // Rows of `partials`: per channel and part, sums of K and V, extrema of V, and the first positions
-// that are not finite (bits of an int32).
+// that are not finite (bits of an int32); with segments extrema of K in place of the positions.
 constexpr int kPartialRows = 6;
 
+// With segments: means and scales of V by slot (layout.h). Of the fields above, per_counted_key,
+// channels and arrivals are null; value_code_sum is [B, K, S, Hp], and partials
+// [B, K, kPieces, parts, kPartialRows, Hp].
+struct SegmentedParams : QuantizeParams {
+  const int32_t* query_ids;                // [B or 1, Tp]
+  const int32_t* sorted_ids;               // [B or 1, S], of the keys
+  const int32_t* order;                    // the same: whose they are
+  int64_t query_id_stride, key_id_stride;  // of batch entries
+
+  int32_t* query_slots;       // [B, Tp]; -1: no key has the id
+  float* slot_channels;       // [B, K, S, kSlotRows, Hp]
+  int32_t* key_slots;         // scratch [B, S]
+  __nv_bfloat16* slot_means;  // scratch [B, K, S, Hp], of K
+  float2* slot_factors;       // scratch [B, K, S]: size of K, 1 / the keys that count
+  int32_t* piece_counts;      // scratch [B, K, kPieces, parts]: keys that count
+};
+
+// Pieces of segments that a part of the sorted keys shares with others: of a segment that began
+// before it, and of one that begins in it.
+enum Piece : int { kContinued = 0, kBegun = 1, kPieces = 2 };
+
 cudaError_t LaunchQuantize(const QuantizeParams& params, cudaStream_t stream);
+cudaError_t LaunchQuantizeSegments(const SegmentedParams& params, cudaStream_t stream);
 
 }  // namespace jax_sage

@@ -9,14 +9,24 @@
 
 namespace jax_sage::quantize {
 
-enum PartialRow : int { kSumK, kBadK, kSumV, kBadV, kMaxV, kMinV };
+enum PartialRow : int {
+  kSumK,
+  kBadK,
+  kSumV,
+  kBadV,
+  kMaxV,
+  kMinV,
+  // With segments:
+  kMaxK = kBadK,
+  kMinK = kBadV,
+};
 
 template <int kHeadDim>
 struct SharedStatistics {
-  static constexpr int kRows = kThreads * kVector / kHeadDim;
-  alignas(16) float sum[kRows][kHeadDim];
-  alignas(16) float max[kRows][kHeadDim];
-  alignas(16) float min[kRows][kHeadDim];
+  static constexpr int kRows = kThreads<kHeadDim> * kVector / kHeadDim;
+  // Sums, maxima and minima: side by side, or by turns where there is no room.
+  static constexpr int kAtOnce = kHeadDim <= 128 ? 3 : 1;
+  alignas(16) float x[kAtOnce][kRows][kHeadDim];
   int bad[kHeadDim];  // a key that is not finite counts in all channels, and is kept in the first
   bool is_last;
 };
@@ -55,8 +65,12 @@ struct Statistics {
   }
 };
 
+// Which tokens need their extrema too: V's for its scales, K's of a segment for its size.
+template <Tensor kTensor, class T>
+constexpr bool kWithExtrema = kTensor == kValue || T::kIsSorted;
+
 // The same while tokens are added: maxima and minima stay in the type of the input.
-template <Tensor kTensor, class In>
+template <bool kExtrema, class In>
 class RunningStatistics {
  public:
   __device__ __forceinline__ RunningStatistics() {
@@ -72,7 +86,7 @@ class RunningStatistics {
       const float2 pair = ToFloats(vector.pairs[i]);
       sum_[2 * i] += pair.x;
       sum_[2 * i + 1] += pair.y;
-      if (kTensor == kValue) {
+      if (kExtrema) {
         max_[i] = Max(max_[i], vector.pairs[i]);
         min_[i] = Min(min_[i], vector.pairs[i]);
       }
@@ -104,8 +118,8 @@ class RunningStatistics {
 };
 
 // Adds the tokens from `first` on, all passes of a chunk.
-template <Tensor kTensor, class T, class In>
-__device__ __forceinline__ void AddChunk(RunningStatistics<kTensor, In>& statistics,
+template <Tensor kTensor, bool kExtrema, class T, class In>
+__device__ __forceinline__ void AddChunk(RunningStatistics<kExtrema, In>& statistics,
                                          const T& tokens, int first, int end,
                                          const Vector<In> (&x)[kPasses]) {
 #pragma unroll
@@ -116,11 +130,11 @@ __device__ __forceinline__ void AddChunk(RunningStatistics<kTensor, In>& statist
 }
 
 // What is not finite shows in the sums. Rare: then again, with care.
-template <Tensor kTensor, class T, class In>
-__device__ __forceinline__ void Mend(RunningStatistics<kTensor, In>& statistics, const T& tokens,
+template <Tensor kTensor, bool kExtrema, class T, class In>
+__device__ __forceinline__ void Mend(RunningStatistics<kExtrema, In>& statistics, const T& tokens,
                                      int begin, int end, int* bad) {
   if (statistics.IsFinite()) return;
-  statistics = RunningStatistics<kTensor, In>();
+  statistics = RunningStatistics<kExtrema, In>();
 #pragma unroll 1
   for (int first = begin; first < end; first += T::kTokens) {
 #pragma unroll 1
@@ -132,7 +146,8 @@ __device__ __forceinline__ void Mend(RunningStatistics<kTensor, In>& statistics,
       ToFloats(x, vector);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        if (!isfinite(x[i])) atomicMin(&bad[kTensor == kValue ? T::Channel() + i : 0], token);
+        if (isfinite(x[i])) continue;
+        atomicMin(&bad[kTensor == kValue ? T::Channel() + i : 0], tokens.Position(token));
       }
       MakeFinite(vector);
       statistics.Add(vector);
@@ -143,9 +158,11 @@ __device__ __forceinline__ void Mend(RunningStatistics<kTensor, In>& statistics,
 template <Tensor kTensor, class T>
 __device__ __forceinline__ Statistics StatisticsOf(const T& tokens, int begin, int end, int* bad) {
   using In = typename T::Element;
-  RunningStatistics<kTensor, In> statistics;
+  RunningStatistics<kWithExtrema<kTensor, T>, In> statistics;
 #pragma unroll 1
   for (int first = begin; first < end; first += T::kTokens) {
+    // With segments there are no registers for it.
+    if (T::kHasUnseen && !T::kIsSorted && !tokens.template SomeCount<kTensor>(first)) continue;
     Vector<In> x[kPasses];
     tokens.template Load<kTensor>(x, first);
     AddChunk<kTensor>(statistics, tokens, first, end, x);
@@ -162,30 +179,54 @@ struct ChannelStatistics {
 };
 
 // Always adds in the same order.
-template <Tensor kTensor, int kHeadDim>
+template <bool kExtrema, int kHeadDim>
 __device__ __forceinline__ ChannelStatistics Combine(SharedStatistics<kHeadDim>& shared,
                                                      const Statistics& of_thread) {
   constexpr int kThreadsPerRow = kHeadDim / kVector;
   const int row = threadIdx.x / kThreadsPerRow, channel = threadIdx.x % kThreadsPerRow * kVector;
-  StoreFloats(&shared.sum[row][channel], of_thread.sum);
-  if (kTensor == kValue) {
-    StoreFloats(&shared.max[row][channel], of_thread.max);
-    StoreFloats(&shared.min[row][channel], of_thread.min);
-  }
-  __syncthreads();
+  constexpr int kKinds = kExtrema ? 3 : 1, kAtOnce = shared.kAtOnce;
   ChannelStatistics result;
   const int c = threadIdx.x;
-  if (c < kHeadDim) {
+#pragma unroll
+  for (int first = 0; first < kKinds; first += kAtOnce) {
+    if (first > 0) __syncthreads();  // all have read
+#pragma unroll
+    for (int kind = first; kind < kKinds && kind < first + kAtOnce; ++kind) {
+      StoreFloats(&shared.x[kind - first][row][channel], kind == 0   ? of_thread.sum
+                                                         : kind == 1 ? of_thread.max
+                                                                     : of_thread.min);
+    }
+    __syncthreads();
+    if (c >= kHeadDim) continue;
 #pragma unroll 8
     for (int r = 0; r < shared.kRows; ++r) {
-      result.sum += shared.sum[r][c];
-      if (kTensor == kValue) {
-        result.max = fmaxf(result.max, shared.max[r][c]);
-        result.min = fminf(result.min, shared.min[r][c]);
+#pragma unroll
+      for (int kind = first; kind < kKinds && kind < first + kAtOnce; ++kind) {
+        const float x = shared.x[kind - first][r][c];
+        if (kind == 0) result.sum += x;
+        if (kind == 1) result.max = fmaxf(result.max, x);
+        if (kind == 2) result.min = fminf(result.min, x);
       }
     }
   }
   return result;
+}
+
+// Adds a row of the partial statistics `begin` to `end` - 1, each thread to some of its channels.
+template <int kHeadDim, class Add>
+__device__ __forceinline__ void Gather(const float* partials, int begin, int end, int row,
+                                       Add add) {
+  constexpr int kThreadsPerRow = kHeadDim / kVector;
+  const int channel = threadIdx.x % kThreadsPerRow * kVector;
+#pragma unroll 4
+  for (int part = begin + threadIdx.x / kThreadsPerRow; part < end;
+       part += SharedStatistics<kHeadDim>::kRows) {
+    float x[kVector];
+    LoadFloats(x, partials + part * static_cast<int64_t>(kPartialRows * kHeadDim) + row * kHeadDim +
+                      channel);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) add(i, x[i]);
+  }
 }
 
 // 0 where the mean is too large to be subtracted without overflow.
@@ -200,13 +241,28 @@ __device__ __forceinline__ float KeyMean(const QuantizeParams& params, float per
   return __bfloat162float(__float2bfloat16_rn(mean));
 }
 
+// The largest magnitude after a mean was taken off, exactly: subtraction rounds monotonously.
+__device__ __forceinline__ float AbsmaxFrom(float mean, const ChannelStatistics& all) {
+  return fmaxf(fmaxf(all.max - mean, mean - all.min), kAbsmaxFloor);
+}
+
 struct ValueChannel {
-  float average, mean, scale, down, inverse;
+  float average, mean, absmax, scale, down, inverse;
   __device__ __forceinline__ ValueChannel(const QuantizeParams& params, float per_token,
                                           const ChannelStatistics& all) {
     average = params.smooth_v ? UsableMean(all.sum, per_token) : 0;
-    mean = __bfloat162float(__float2bfloat16_rn(average));
-    const float absmax = fmaxf(fmaxf(all.max - mean, mean - all.min), kAbsmaxFloor);
+    mean = Round(average);
+    absmax = AbsmaxFrom(mean, all);
+    Scale();
+  }
+  __device__ __forceinline__ ValueChannel(float average, float absmax)
+      : average(average), mean(Round(average)), absmax(absmax) {
+    Scale();
+  }
+  __device__ __forceinline__ static float Round(float average) {
+    return __bfloat162float(__float2bfloat16_rn(average));
+  }
+  __device__ __forceinline__ void Scale() {
     scale = absmax * (1.0f / kVMax);
     down = absmax > 1 ? kDownscale : 1;
     inverse = __fdiv_rn(kVMax, absmax * down);
@@ -230,14 +286,7 @@ __device__ __forceinline__ void FinishStatistics(const QuantizeParams& params, c
   const float* partials =
       params.partials + head * (static_cast<int64_t>(params.parts) * (kPartialRows * kHeadDim));
   const auto gather = [&](int row, auto add) {
-#pragma unroll 4
-    for (int part = threadIdx.x / kThreadsPerRow; part < params.parts; part += shared.kRows) {
-      float x[kVector];
-      LoadFloats(x, partials + part * static_cast<int64_t>(kPartialRows * kHeadDim) +
-                        row * kHeadDim + channel);
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) add(i, x[i]);
-    }
+    Gather<kHeadDim>(partials, 0, params.parts, row, add);
   };
   Statistics of_thread;
   gather(kTensor == kKey ? kSumK : kSumV, [&](int i, float x) { of_thread.sum[i] += x; });
@@ -248,7 +297,7 @@ __device__ __forceinline__ void FinishStatistics(const QuantizeParams& params, c
     gather(kMaxV, [&](int i, float x) { of_thread.max[i] = fmaxf(of_thread.max[i], x); });
     gather(kMinV, [&](int i, float x) { of_thread.min[i] = fminf(of_thread.min[i], x); });
   }
-  const ChannelStatistics all = Combine<kTensor>(shared, of_thread);
+  const ChannelStatistics all = Combine<kTensor == kValue>(shared, of_thread);
   if (kTensor == kValue) WaitForStatistics(params, head, kKey);
 
   const int c = threadIdx.x;
@@ -272,15 +321,17 @@ __device__ __forceinline__ void MakeStatistics(const QuantizeParams& params, con
                                                SharedStatistics<kHeadDim>& shared, int head,
                                                int part) {
   if (threadIdx.x < kHeadDim) shared.bad[threadIdx.x] = kNever;
-  __syncthreads();
   const Tokens<In, kAccess, kHeadDim> tokens(kTensor == kKey ? params.key : params.value, head,
-                                           params.kv_heads, params.length_kv, params.head_dim,
-                                           SeenBy(params, head));
+                                             params.kv_heads, params.length_kv, params.head_dim,
+                                             SeenBy(params, head));
   const int64_t begin = static_cast<int64_t>(part) * plan.tokens_per_part;
   const int64_t end = min(begin + plan.tokens_per_part, static_cast<int64_t>(params.length_kv));
-  const ChannelStatistics all =
-      Combine<kTensor>(shared, StatisticsOf<kTensor>(tokens, static_cast<int>(min(begin, end)),
-                                                     static_cast<int>(end), shared.bad));
+  const int first = static_cast<int>(min(begin, end)), count = static_cast<int>(end) - first;
+  ChannelStatistics all;
+  if (PartCounts<kHeadDim>(tokens, first, count)) {  // and all see `shared`
+    all = Combine<kTensor == kValue>(
+        shared, StatisticsOf<kTensor>(tokens, first, static_cast<int>(end), shared.bad));
+  }
 
   const int c = threadIdx.x;
   const int64_t index = head * static_cast<int64_t>(params.parts) + part;

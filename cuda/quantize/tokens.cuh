@@ -9,10 +9,26 @@
 #include <limits>
 #include <type_traits>
 
+#include "common/layout.h"
+#include "quantize/quantize.h"
+
 namespace jax_sage::quantize {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
+// Whether the attention of this architecture takes so many channels: if not, nothing calls the
+// kernel, and it is left empty.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
+template <int kHeadDim>
+constexpr bool kIsBuilt = true;
+#else
+template <int kHeadDim>
+constexpr bool kIsBuilt = kHeadDim <= kMaxHeadDimMma;
+#endif
+
+// Of a CTA: those of 16 tokens at least.
+template <int kHeadDim>
+constexpr int kThreads = kHeadDim <= 128 ? 256 : 512;
+template <int kHeadDim>
+constexpr int kWarps = kThreads<kHeadDim> / 32;
 constexpr int kVector = 8;  // channels of a thread
 constexpr int kPasses = 4;  // tokens of a thread: all loaded before the first is used
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
@@ -106,8 +122,16 @@ __device__ __forceinline__ void MakeFinite(Vector<In> (&x)[kPasses]) {
   for (int pass = 0; pass < kPasses; ++pass) MakeFinite(x[pass]);
 }
 
-// How tokens are read. kWide: all are aligned to 16 bytes. kSomeSeen: some may not count.
-enum Access : int { kWide = 1, kSomeSeen = 2 };
+// How tokens are read. kWide: all are aligned to 16 bytes. kSomeSeen: some may not count. kSorted:
+// they are numbered by their place in an order.
+enum Access : int { kWide = 1, kSomeSeen = 2, kSorted = 4 };
+
+// Whether all tokens are aligned to 16 bytes.
+inline bool IsWide(const QuantizeParams& params, size_t element) {
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  return params.head_dim * element % 16 == 0 && aligned(params.query) && aligned(params.key) &&
+         aligned(params.value);
+}
 
 // The tokens of one head of Q, K or V, and how the threads of a CTA cover them: `kRows` tokens at
 // once, `kTokens` in all passes.
@@ -115,11 +139,14 @@ template <class In, int kAccess, int kHeadDim>
 struct Tokens {
   using Element = In;
   static constexpr int kThreadsPerRow = kHeadDim / kVector;
-  static constexpr int kRows = kThreads / kThreadsPerRow;
+  static constexpr int kRows = kThreads<kHeadDim> / kThreadsPerRow;
   static constexpr int kTokens = kRows * kPasses;
+  static constexpr bool kIsSorted = (kAccess & kSorted) != 0;
+  static constexpr bool kHasUnseen = (kAccess & kSomeSeen) != 0;
 
   const In* data;
-  const uint8_t* seen;  // by token with kSomeSeen; null: all
+  const uint8_t* seen;             // by token with kSomeSeen; null: all
+  const int32_t* order = nullptr;  // by place with kSorted
   int64_t stride;
   int length;
   int head_dim;
@@ -137,18 +164,25 @@ struct Tokens {
     data += head / heads * (length * stride) + head % heads * head_dim;
   }
 
+  // Where in the tensor a token is.
+  __device__ __forceinline__ int Position(int token) const {
+    if constexpr (kIsSorted) return __ldg(order + token);
+    return token;
+  }
+
   // Whether the token counts: it is one, and a query sees it.
   __device__ __forceinline__ bool Counts(int token) const {
     if (token >= length) return false;
-    if constexpr ((kAccess & kSomeSeen) == 0) return true;
-    return seen == nullptr || __ldg(seen + token) != 0;
+    if constexpr (!kHasUnseen) return true;
+    return seen == nullptr || __ldg(seen + Position(token)) != 0;
   }
 
   // Zeros for tokens that do not count, and past the last channel.
   __device__ __forceinline__ Vector<In> Load(int token) const {
     Vector<In> vector;
-    const In* row = data + token * stride + Channel();
     const bool counts = Counts(token);
+    if constexpr (kIsSorted) token = counts ? Position(token) : 0;
+    const In* row = data + token * stride + Channel();
     constexpr bool kIsWide = (kAccess & kWide) != 0;
     constexpr int kPerLoad = kIsWide ? 16 / sizeof(In) : 1;
     using Loaded = std::conditional_t<kIsWide, uint4, In>;
@@ -178,7 +212,38 @@ struct Tokens {
     return Row() / 4 * 16 + Row() % 4 * 2 + pass / 2 * 8 + pass % 2;
   }
   static_assert(kRows % 8 == 0 && kPasses == 4);
+
+  // Whether one of the thread's tokens of a chunk counts.
+  template <Tensor kTensor>
+  __device__ __forceinline__ bool SomeCount(int first) const {
+    bool some = false;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) some |= Counts(first + RowOfPass<kTensor>(pass));
+    return some;
+  }
 };
+
+// Whether a token of a chunk counts, for all threads alike. Synchronizes.
+template <Tensor kTensor, class T>
+__device__ __forceinline__ bool ChunkCounts(const T& tokens, int first) {
+  if constexpr (T::kHasUnseen) return __syncthreads_or(tokens.template SomeCount<kTensor>(first));
+  __syncthreads();
+  return true;
+}
+// Whether one of `count` tokens does. Synchronizes.
+template <int kHeadDim, class T>
+__device__ __forceinline__ bool PartCounts(const T& tokens, int first, int count) {
+  if constexpr (T::kHasUnseen) {
+    bool some = false;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < count; i += kThreads<kHeadDim>) {
+      some |= tokens.Counts(first + i);
+    }
+    return __syncthreads_or(some);
+  }
+  __syncthreads();
+  return true;
+}
 
 __device__ __forceinline__ void StoreFloats(float* to, const float (&x)[kVector]) {
   reinterpret_cast<float4*>(to)[0] = make_float4(x[0], x[1], x[2], x[3]);

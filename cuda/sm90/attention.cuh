@@ -7,8 +7,7 @@
 // matrix unit or for its exponentials, the other two use what it leaves.
 //
 // With masks the producer warp finds the tiles that any of the queries may see, loads these alone,
-// and says with each what each warpgroup sees of it. A bias takes 64 registers more, and so there
-// are two consumers.
+// and says with each what each warpgroup sees of it. A bias is loaded by the consumer warps.
 #pragma once
 
 #include "common/epilogue.cuh"
@@ -17,6 +16,7 @@
 #include "common/ptx.cuh"
 #include "sm90/attention.h"
 #include "sm90/barrier.cuh"
+#include "sm90/bias.cuh"
 #include "sm90/softmax.cuh"
 #include "sm90/store.cuh"
 #include "sm90/sums.cuh"
@@ -35,50 +35,76 @@ struct Traits {
   static constexpr bool kExactSum = kExactSum_;
   static constexpr bool kMasked = kMasking != Masking::kPlain;
   static constexpr bool kBiased = kMasking == Masking::kBiased;
-  static constexpr int kConsumers = kBiased ? 2 : 3;  // warpgroups
+  static constexpr int kHeadDim = Pv::kHeadDim;
+  // Warpgroups. FP32 sums in registers leave none for a bias beside two others.
+  static constexpr int kConsumers =
+      kHeadDim > 128 || (kBiased && !Pv::kSumsRows && kHeadDim > 64) ? 2 : 3;
   static constexpr int kQueries = kConsumers * kRows;
   static constexpr int kThreads = 128 * (kConsumers + 1);
-  // The producer of masked kernels plans. Where it has 32 registers all the same it spills some;
-  // consumers do with E4M3 and a bias at head dimension 128 alone, two or three values.
-  static constexpr bool kFullConsumers = !kMasked || (kExactSum && Pv::kSumsRows);
-  static constexpr int kProducerRegisters = kBiased ? 56 : kFullConsumers ? 32 : 56;
-  static constexpr int kConsumerRegisters = kBiased ? 224 : kFullConsumers ? 160 : 152;
+  // The producer of masked kernels plans. Where the consumers need all that there is, it has 32
+  // registers all the same, and spills some.
+  static constexpr bool kFullConsumers =
+      !kMasked || (!kBiased && Pv::kSumsRows && (kExactSum || Pv::kHeadDim > 64));
+  static constexpr int kProducerRegisters = kConsumers == 3 && kFullConsumers ? 32 : 56;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 224 : kFullConsumers ? 160 : 152;
   // setmaxnreg waits until the registers are there: the CTA has what it was launched with.
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
                 65536 / kThreads / 8 * 8 * (kConsumers + 1));
-  static constexpr int kHeadDim = Pv::kHeadDim;
   static constexpr int kTile = Pv::kTile;  // keys
   static constexpr int kBlocks = kTile / kBlockKv;
-  static constexpr int kQBytes = kRows * kHeadDim;  // of a warpgroup
+  // Q of 256 channels does not fit beside their FP32 output; two consumers have registers for it.
+  static constexpr bool kQInRegisters = Pv::kSumsRows && kHeadDim > 128;
+  // A row of a box of Q or K, as it is swizzled.
+  static constexpr int kBoxRow = kHeadDim < kBoxChannels ? kHeadDim : kBoxChannels;
+  static constexpr int kQBytes = kQInRegisters ? 0 : kRows * kHeadDim;  // of a warpgroup
   static constexpr int kKBytes = kTile * kHeadDim;
   static constexpr int kScaleBytes = kBlocks * kKeyScales * 4;
   static constexpr int kStageBytes = kKBytes + Pv::kStride + kScaleBytes;
   static constexpr int kQScaleBytes = kRows * 4;
   static constexpr int kIntervalBytes = kMasked ? kRows * 8 : 0;
-  static constexpr int kOutputBytes = kRows * kHeadDim * 4;
+  static constexpr int kRowsBytes = kMasked || kQInRegisters ? 32 : 16;
+  // Where it only serves the stores, these go by turns of 128 channels.
+  static constexpr int kOutputBytes =
+      kRows * (Pv::kSumsRows || kHeadDim < 128 ? kHeadDim : 128) * 4;
+  static constexpr int kOutputOfWarp = kOutputBytes / 4;
+  // Where the output needs its buffer at the end of an item only, a bias has it until then. The
+  // FP32 output of 256 channels leaves no room: there the threads load their bias for themselves.
+  static constexpr bool kCopiesBias = kBiased && (!Pv::kSumsRows || kHeadDim <= 128);
+  static constexpr bool kBiasInOutput = kCopiesBias && !Pv::kSumsRows;
+  static constexpr int kBiasOfWarp = kBiasInOutput ? kOutputOfWarp : kBiasBytes;
+  static constexpr int kBiasOfGroup = kCopiesBias && !kBiasInOutput ? 4 * kBiasBytes : 0;
+  static constexpr int kBiasBarriers = kCopiesBias ? 8 * kConsumers : 0;
   static constexpr int kMaxStages = 6;
   static constexpr int kFixedBytes =
-      kConsumers * (kQBytes + kQScaleBytes + kIntervalBytes + kOutputBytes + 16) +
+      kConsumers *
+          (kQBytes + kBiasOfGroup + kQScaleBytes + kIntervalBytes + kOutputBytes + kRowsBytes) +
       4 * kMaxStages + 16 + int{sizeof(OutputTable<kHeadDim>)} +
-      8 * (2 + 2 * kConsumers + 4 * kMaxStages) + 1024;
+      8 * (2 + 2 * kConsumers + 4 * kMaxStages + kBiasBarriers) + 1024;
   static constexpr int kFitting = (kSharedLimit - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
-  // Shared memory; tiles first, they must be aligned to 1024 bytes for the swizzle.
+  // Shared memory; tiles first, they must be aligned to 8 rows of up to 128 bytes for the swizzle.
   static constexpr int kQ = 0;
-  static constexpr int kK = kQ + kConsumers * kQBytes;
+  static constexpr int kOwnBias = kQ + kConsumers * kQBytes;
+  static constexpr int kK = kOwnBias + kConsumers * kBiasOfGroup;
   static constexpr int kV = kK + kStages * kKBytes;
   static constexpr int kOutput = kV + kStages * Pv::kStride;
+  static constexpr int kBias = kBiasInOutput ? kOutput : kOwnBias;
   static constexpr int kQScales = kOutput + kConsumers * kOutputBytes;
   static constexpr int kIntervals = kQScales + kConsumers * kQScaleBytes;
   static constexpr int kScales = kIntervals + kConsumers * kIntervalBytes;
-  static constexpr int kFirstRows = kScales + kStages * kScaleBytes;  // {row, batch, head, 0}
-  static constexpr int kPlans = kFirstRows + kConsumers * 16;
+  // First row, batch, head, the first row's bias, and the addresses of its words of the mask and of
+  // its Q.
+  static constexpr int kFirstRows = kScales + kStages * kScaleBytes;
+  static constexpr int kPlans = kFirstRows + kConsumers * kRowsBytes;
   static constexpr int kTable = (kPlans + kStages * 4 + 15) / 16 * 16;
   static constexpr int kBarriers = kTable + int{sizeof(OutputTable<kHeadDim>)};
-  static constexpr int kBarrierCount = 2 + 2 * kConsumers + 4 * kStages;
+  static constexpr int kBarrierCount = 2 + 2 * kConsumers + 4 * kStages + kBiasBarriers;
   static constexpr int kSharedBytes = kBarriers + kBarrierCount * 8 + 1024;  // to align
-  static_assert(kStages >= 3, "the warpgroups drift apart by more than a tile");
-  static_assert(kKBytes % 1024 == 0 && Pv::kStride % 1024 == 0 && kQBytes % 1024 == 0);
+  static_assert(kStages >= (kConsumers == 3 ? 3 : 2), "the warpgroups drift apart");
+  static_assert(kKBytes % 1024 == 0 && Pv::kStride % Pv::kAlignment == 0 && kQBytes % 1024 == 0);
+  static_assert(!kCopiesBias || (kTile == kBiasTile && kBias % 1024 == 0 &&
+                                 kBiasOfWarp >= kBiasBytes && kBiasOfWarp % 1024 == 0));
+  static_assert(kRows == kBlockKv, "boxes of Q and of K are alike, see IssueQk");
   static_assert(kSharedBytes <= kSharedLimit);
 };
 
@@ -94,6 +120,8 @@ struct Barriers {
   __device__ uint32_t KEmpty(int stage) const { return KFull(kStages + stage); }
   __device__ uint32_t VFull(int stage) const { return KFull(2 * kStages + stage); }
   __device__ uint32_t VEmpty(int stage) const { return KFull(3 * kStages + stage); }
+  __device__ uint32_t BiasFull(int warp) const { return KFull(4 * kStages + warp); }
+  static constexpr int kBiasEmpty = 8 * 4 * kConsumers;  // behind BiasFull
 
   __device__ void Init() const {
     ptx::BarrierInit(TableFull(), 64);  // threads that prepare the table
@@ -107,6 +135,10 @@ struct Barriers {
       ptx::BarrierInit(VFull(stage), 1);
       ptx::BarrierInit(KEmpty(stage), 128 * kConsumers);
       ptx::BarrierInit(VEmpty(stage), 4 * kConsumers);  // one lane of each warp
+    }
+    for (int warp = 0; warp < T::kBiasBarriers / 2; ++warp) {
+      ptx::BarrierInit(BiasFull(warp), 1);
+      ptx::BarrierInit(BiasFull(warp) + kBiasEmpty, 32);
     }
     ptx::FenceBarrierInit();
   }
@@ -135,6 +167,16 @@ struct Work {
   }
 };
 
+// kTokens of Q or K, in boxes of channels.
+template <int kHeadDim, int kTokens>
+__device__ __forceinline__ void CopyChannels(uint32_t shared, const CUtensorMap* map,
+                                             uint32_t barrier, int token, int head) {
+#pragma unroll
+  for (int first = 0; first < kHeadDim; first += kBoxChannels) {
+    ptx::CopyBox(shared + first * kTokens, map, barrier, first, token, head);
+  }
+}
+
 // Loads a tile of K and V into a stage that is free, or soon will be. One thread.
 template <class T>
 __device__ __forceinline__ void LoadStage(const AttentionParams& params, const TensorMaps& maps,
@@ -150,8 +192,8 @@ __device__ __forceinline__ void LoadStage(const AttentionParams& params, const T
   ptx::BarrierWait(barriers.KEmpty(stage), ring.parity ^ 1);
   if constexpr (T::kMasked) ptx::StoreSharedAs(shared + T::kPlans + stage * 4, plan);
   ptx::BarrierExpect(barriers.KFull(stage), T::kKBytes + scale_bytes);
-  ptx::CopyBox(shared + T::kK + stage * T::kKBytes, &maps.k, barriers.KFull(stage), 0,
-               tile * T::kTile, kv_head);
+  CopyChannels<T::kHeadDim, T::kTile>(shared + T::kK + stage * T::kKBytes, &maps.k,
+                                      barriers.KFull(stage), tile * T::kTile, kv_head);
   ptx::CopyBulk(shared + T::kScales + stage * T::kScaleBytes,
                 scales + tile * T::kBlocks * kKeyScales, scale_bytes, barriers.KFull(stage));
   ptx::BarrierWait(barriers.VEmpty(stage), ring.parity ^ 1);
@@ -176,9 +218,9 @@ __device__ __forceinline__ void ProduceKv(const AttentionParams& params, const T
   }
 }
 
-// A plan of a tile: bits 2g and 2g + 1 are what warpgroup g sees of it.
-constexpr uint32_t kLastOfItem = 1 << 8;
-constexpr int kTileShift = 9;
+// A plan of a tile: from bit kViewBits * g on, what warpgroup g sees of it.
+constexpr uint32_t kLastOfItem = 1 << 12;
+constexpr int kTileShift = 13;
 
 // A warp loads the tiles of K and V that any warpgroup may see, with a plan of each.
 template <class T>
@@ -230,7 +272,7 @@ __device__ __forceinline__ void ProduceSeenKv(const AttentionParams& params, con
           for (int group = 0; group < groups.count; ++group) {
             views |= ViewOfTile(masks, groups.batch, groups.head, groups.first + group, first,
                                 first + T::kTile)
-                     << (2 * group);
+                     << (kViewBits * group);
           }
         }
         found = __ballot_sync(0xffffffffu, views != 0);
@@ -273,19 +315,31 @@ __device__ __forceinline__ void ProduceQ(const AttentionParams& params, const Te
       const int row = position.first_row + group * kRows;
       const int batch = static_cast<int>(position.head) / params.heads;
       ptx::BarrierWait(barriers.QEmpty(group), ~turn & 1);
-      const uint32_t first_row = shared + T::kFirstRows + group * 16;
+      const uint32_t first_row = shared + T::kFirstRows + group * T::kRowsBytes;
       ptx::StoreSharedAs(first_row, row);
       if constexpr (T::kMasked) {
+        const int head = static_cast<int>(position.head) % params.heads;
         ptx::StoreSharedAs(first_row + 4, batch);
-        ptx::StoreSharedAs(first_row + 8, static_cast<int>(position.head) % params.heads);
+        ptx::StoreSharedAs(first_row + 8, head);
+        if constexpr (T::kCopiesBias) {
+          ptx::StoreSharedAs(first_row + 12, RowOfBias(params, batch, head, row));
+        }
+        ptx::StoreSharedAs(first_row + 16, MaskRow(params.masks, batch, head, row));
+      }
+      if constexpr (T::kQInRegisters) {
+        ptx::StoreSharedAs(first_row + 24,
+                           params.q + (position.head * params.padded_q + row) * T::kHeadDim);
       }
       if (row >= params.length_q) {  // nothing to load, nothing to do
         ptx::BarrierArrive(barriers.QFull(group));
         continue;
       }
       ptx::BarrierExpect(barriers.QFull(group), T::kQBytes + T::kQScaleBytes + T::kIntervalBytes);
-      ptx::CopyBox(shared + T::kQ + group * T::kQBytes, &maps.q, barriers.QFull(group), 0, row,
-                   static_cast<int>(position.head));
+      if constexpr (!T::kQInRegisters) {
+        CopyChannels<T::kHeadDim, kRows>(shared + T::kQ + group * T::kQBytes, &maps.q,
+                                         barriers.QFull(group), row,
+                                         static_cast<int>(position.head));
+      }
       ptx::CopyBulk(shared + T::kQScales + group * T::kQScaleBytes,
                     params.q_scale + position.head * params.padded_q + row, T::kQScaleBytes,
                     barriers.QFull(group));
@@ -305,24 +359,28 @@ __device__ __forceinline__ void ProduceTable(const AttentionParams& params, Work
                                              Barriers<T> barriers) {
   for (unsigned turn = 0; work.Any(turn); ++turn) {
     ptx::BarrierWait(barriers.TableEmpty(), ~turn & 1);
-    PrepareOutput(table, params, work.Find(params, turn), thread, 64);
+    PrepareOutput<T::kMasked>(table, params, work.Find(params, turn), thread, 64);
     ptx::BarrierArrive(barriers.TableFull());
   }
 }
 
 template <class T>
-__device__ __forceinline__ void Consume(const AttentionParams& params, Work<T> work,
-                                        const OutputTable<T::kHeadDim>& table, uint32_t shared,
-                                        Barriers<T> barriers) {
+__device__ __forceinline__ void Consume(const AttentionParams& params, const TensorMaps& maps,
+                                        Work<T> work, const OutputTable<T::kHeadDim>& table,
+                                        uint32_t shared, Barriers<T> barriers) {
   using Pv = typename T::Pv;
   const int lane = threadIdx.x % 32;
   // The same in all lanes: the compiler keeps what follows from it in uniform registers.
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1;
   const int warp = threadIdx.x % 128 / 32;
-  const uint32_t output = shared + T::kOutput + warpgroup * T::kOutputBytes + warp * 512;
-  const uint64_t q = ptx::Descriptor<T::kHeadDim>(shared + T::kQ + warpgroup * T::kQBytes);
-  const uint64_t k_tiles = ptx::Descriptor<T::kHeadDim>(shared + T::kK);
-  const uint64_t v_tiles = Pv::Descriptor(shared + T::kV);
+  const uint32_t output =
+      shared + T::kOutput + warpgroup * T::kOutputBytes + warp * T::kOutputOfWarp;
+  uint64_t k_tiles = ptx::Descriptor<T::kBoxRow>(shared + T::kK);
+  uint64_t v_tiles = Pv::Descriptor(shared + T::kV);
+  if constexpr (T::kBiased) {  // computed anew for each tile otherwise: 15 instructions
+    k_tiles = ptx::Uniform(k_tiles);
+    v_tiles = ptx::Uniform(v_tiles);
+  }
   // For V, which only wgmma reads. What threads have read each of them releases:
   // compute-sanitizer's racecheck does not follow a warp's reads through __syncwarp to an arrival
   // of one lane.
@@ -331,11 +389,20 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work<T> w
     if (lane == 0) ptx::BarrierArrive(barrier);
   };
   const uint32_t opaque_zero = work.items >> 31;
+  const int bias_warp = 4 * warpgroup + __shfl_sync(0xffffffffu, warp, 0);
+  BiasBuffer<Barriers<T>::kBiasEmpty> bias(shared + T::kBias + bias_warp * T::kBiasOfWarp,
+                                           barriers.BiasFull(bias_warp));
   Ring<T::kStages> ring;
   for (unsigned turn = 0; work.Any(turn); ++turn) {
     ptx::BarrierWait(barriers.QFull(warpgroup), turn & 1);
-    const uint32_t first_row_slot = shared + T::kFirstRows + warpgroup * 16;
+    const uint32_t first_row_slot = shared + T::kFirstRows + warpgroup * T::kRowsBytes;
     const int group_row = ptx::LoadSharedAs<int>(first_row_slot);
+    std::conditional_t<T::kQInRegisters, QueryFragments<T::kHeadDim>, uint64_t> q;
+    if constexpr (!T::kQInRegisters) {
+      q = ptx::Descriptor<T::kBoxRow>(shared + T::kQ + warpgroup * T::kQBytes);
+    } else if (group_row < params.length_q) {
+      q.Load(ptx::LoadSharedAs<const int8_t*>(first_row_slot + 24), 16 * warp + lane / 4, lane);
+    }
     Scores<T> scores;
     Pv sums(output + lane * 16);
     const auto load_scales = [&] {
@@ -353,8 +420,8 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work<T> w
           ptx::LoadSharedAs<float>(shared + T::kQScales + warpgroup * T::kQScaleBytes +
                                    (16 * warp + lane / 4 + 8 * half) * 4);
     }
-    // The tile in the ring's stage, the count-th of this warpgroup. `softmax` makes P of its scores;
-    // `next` moves the ring on, beneath PV.
+    // The tile in the ring's stage, the count-th of this warpgroup. `softmax` makes P of its
+    // scores; `next` moves the ring on, beneath PV.
     const auto compute = [&](int count, bool is_last, auto softmax, auto next) {
       const unsigned stage = ring.stage;
       const uint32_t v_full = barriers.VFull(stage), v_parity = ring.parity;
@@ -363,6 +430,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work<T> w
       ptx::WgmmaFence();
 #pragma unroll
       for (int block = 0; block < T::kBlocks; ++block) {
+        static_assert(T::kBlocks == 1 || T::kHeadDim <= kBoxChannels);
         IssueQk<T::kHeadDim>(scores.s[block], q, k + block * (kBlockKv * T::kHeadDim / 16));
       }
       uint32_t p[T::kBlocks][Pv::kRegisters];
@@ -381,16 +449,40 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work<T> w
     int my_tiles;
     if constexpr (T::kMasked) {
       my_tiles = 0;
-      uint32_t plan;
+      const int row = group_row + 16 * warp + lane / 4;
+      const auto batch = [&] { return ptx::LoadSharedAs<int>(first_row_slot + 4); };
+      const auto head = [&] { return ptx::LoadSharedAs<int>(first_row_slot + 8); };
+      uint32_t plan, words[2];
+      [[maybe_unused]] int bias_row = 0;
+      if constexpr (T::kCopiesBias) {
+        bias_row = ptx::LoadSharedAs<int>(first_row_slot + 12) + bias.FirstRow(maps, bias_warp % 4);
+        bias_row = __shfl_sync(0xffffffffu, bias_row, 0);
+      }
       const auto load_plan = [&] {
         load_scales();
         plan = ptx::LoadSharedAs<uint32_t>(shared + T::kPlans + ring.stage * 4);
+        if constexpr (T::kCopiesBias) {
+          if ((plan >> (kViewBits * warpgroup) & kAll) && maps.bias_bytes != 0) {
+            if (lane == 0) bias.Copy(maps, static_cast<int>(plan >> kTileShift), bias_row);
+            __syncwarp();  // together again, for wgmma
+          }
+        }
+        // Far away: needed after the next QK^T.
+        if (plan >> (kViewBits * warpgroup) & kByMask) {
+          const auto* mask_row = ptx::LoadSharedAs<const uint32_t*>(first_row_slot + 16);
+          const int first = static_cast<int>(plan >> kTileShift) * T::kTile;
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            words[half] =
+                MaskWord(params.masks, mask_row, 16 * warp + lane / 4 + 8 * half, first, lane);
+          }
+        }
       };
       load_plan();
       bool is_last;
       do {
         is_last = (plan & kLastOfItem) != 0;
-        const unsigned view = plan >> (2 * warpgroup) & 3;
+        const unsigned view = plan >> (kViewBits * warpgroup) & ((1 << kViewBits) - 1);
         if (view == kNone) {
           ptx::BarrierArrive(barriers.KEmpty(ring.stage));
           if (is_last) ptx::BarrierArrive(barriers.QEmpty(warpgroup));
@@ -402,28 +494,32 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work<T> w
         }
         const auto softmax = [&](uint32_t (&p)[T::kBlocks][Pv::kRegisters]) {
           const int first = static_cast<int>(plan >> kTileShift) * T::kTile;
-          const int row = group_row + 16 * warp + lane / 4;
-          const auto batch = [&] { return ptx::LoadSharedAs<int>(first_row_slot + 4); };
-          const auto head = [&] { return ptx::LoadSharedAs<int>(first_row_slot + 8); };
-          if constexpr (T::kBiased) {
-            BiasRows(params, batch(), head(), row).Load(scores.bias, first, lane);
+          if constexpr (T::kCopiesBias) {
+            if (maps.bias_bytes != 0) {
+              bias.Read(scores.bias[0], maps, params.masks.bias_type, lane);
+            } else {
+              BiasRows(params, batch(), head(), row).Spread(scores.bias[0]);
+            }
+          } else if constexpr (T::kBiased) {
+            BiasRows(params, batch(), head(), row).Load(scores.bias[0], first, lane);
           }
           if (view == kAll) {
             scores.Softmax(p, sums, my_tiles == 0, Everything(), T::kTile, opaque_zero);
             return;
           }
-          SeenKeys seen;
+          SeenKeys<T::kTile> seen;
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const int2 interval =
-                ptx::LoadSharedAs<int2>(shared + T::kIntervals + warpgroup * T::kIntervalBytes +
-                                        (16 * warp + lane / 4 + 8 * half) * 8);
-            seen.bits[half] = 0;
-#pragma unroll
-            for (int block = 0; block < T::kBlocks; ++block) {
-              seen.bits[half] |= SeenOfBlock(params.masks, batch(), head(), row + 8 * half, interval,
-                                             first + block * kBlockKv, lane)
-                                 << (16 * block);
+            seen.bits[half] = view & kByMask ? words[half] : ~0u;
+            if (view & kByInterval) {
+              const int2 interval =
+                  ptx::LoadSharedAs<int2>(shared + T::kIntervals + warpgroup * T::kIntervalBytes +
+                                          (16 * warp + lane / 4 + 8 * half) * 8);
+              seen.bits[half] &= ColumnsOf<T::kTile>(interval, first + 2 * (lane & 3));
+            }
+            if (view & kBySegment) {
+              const int id = SegmentOf(params.masks, batch(), row + 8 * half);
+              seen.bits[half] &= ColumnsOfSegment<T::kTile>(params.masks, batch(), id, first, lane);
             }
           }
           scores.Softmax(p, sums, my_tiles == 0, seen, T::kTile, opaque_zero);
@@ -472,8 +568,8 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work<T> w
         release(barriers.VEmpty(ring.stage));
       }
     }
-    float o[T::kHeadDim / 8][4], row_sum[2];
-    sums.Finish(o, row_sum, scores.sum, my_tiles);
+    float row_sum[2];
+    sums.FinishRowSums(row_sum, scores.sum, my_tiles);
     if constexpr (!T::kExactSum && Pv::kSumsRows) {  // all four threads of a row add up theirs
       scores.sum[0] = row_sum[0] / 4;
       scores.sum[1] = row_sum[1] / 4;
@@ -481,11 +577,21 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, Work<T> w
     ptx::BarrierWait(barriers.TableFull(), turn & 1);
     if (group_row < params.length_q) {
       const int first_row = table.first_query + warpgroup * kRows + 16 * warp;
-      FinishRows<T::kHeadDim>(params, table, first_row + lane / 4, lane, o, scores.max, scores.sum,
-                              row_sum);
-      WithOutputType(params.out_type, [&](auto type) {
-        StoreTile<decltype(type)>(params, table, first_row, lane, output, o);
-      });
+      // By turns, where all channels at once would be too many registers.
+      const auto finish = [&](auto first) {
+        constexpr int kFirst = decltype(first)::value;
+        float o[(T::kHeadDim < 128 ? T::kHeadDim : 128) / 8][4];
+        sums.template Finish<kFirst>(o, my_tiles);
+        FinishRows<T::kMasked, kFirst>(params, table, first_row + lane / 4, lane, o, scores.max,
+                                       scores.sum, row_sum);
+        WithOutputType(params.out_type, [&](auto type) {
+          StoreTile<decltype(type), kFirst>(params, table, first_row, lane, output, o);
+        });
+      };
+      finish(std::integral_constant<int, 0>());
+      if constexpr (T::kHeadDim > 128) finish(std::integral_constant<int, 128>());
+      // What comes next there is a copy of the bias.
+      if constexpr (T::kBiasInOutput) ptx::FenceAsyncProxy();
     }
     ptx::BarrierArrive(barriers.TableEmpty());
   }
@@ -518,29 +624,34 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     if (threadIdx.x >= 64) ProduceTable<T>(params, work, threadIdx.x - 64, table, barriers);
   } else {
     ptx::RegistersUp<T::kConsumerRegisters>();
-    Consume<T>(params, work, table, shared, barriers);
+    Consume<T>(params, maps, work, table, shared, barriers);
   }
 }
 
 template <class T>
 cudaError_t Launch(const AttentionParams& params, cudaStream_t stream) {
   const uint64_t heads = params.batch * params.heads, kv_heads = params.batch * params.kv_heads;
-  const int64_t items = (params.length_q + T::kQueries - 1) / T::kQueries * static_cast<int64_t>(heads);
+  const int64_t q_tiles = (params.length_q + T::kQueries - 1) / T::kQueries;
+  const int64_t items = q_tiles * static_cast<int64_t>(heads);
   // A plan has so many bits for the number of a tile.
   const int tiles = params.padded_kv / T::kTile;
-  if (items > INT32_MAX || (T::kMasked && tiles >= 1 << (32 - kTileShift) - 1)) {
+  if (items > INT32_MAX || (T::kMasked && tiles >= (1 << (32 - kTileShift)) - 1)) {
     return cudaErrorInvalidConfiguration;
   }
-  TensorMaps maps;
+  TensorMaps maps{};
   cudaError_t error = Encode(
       &maps.q,
-      {params.q, T::kHeadDim, static_cast<uint64_t>(params.padded_q), heads, T::kHeadDim, kRows});
+      {params.q, T::kHeadDim, static_cast<uint64_t>(params.padded_q), heads, T::kBoxRow, kRows});
   if (error != cudaSuccess) return error;
   error = Encode(&maps.k, {params.k, T::kHeadDim, static_cast<uint64_t>(params.padded_kv), kv_heads,
-                           T::kHeadDim, T::kTile});
+                           T::kBoxRow, T::kTile});
   if (error != cudaSuccess) return error;
   error = Encode(&maps.v, T::Pv::Map(params.v, params.padded_kv, kv_heads));
   if (error != cudaSuccess) return error;
+  if constexpr (T::kCopiesBias) {
+    error = EncodeBias(maps, params);
+    if (error != cudaSuccess) return error;
+  }
   error = cudaFuncSetAttribute(AttentionKernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                T::kSharedBytes);
   if (error != cudaSuccess) return error;

@@ -5,8 +5,9 @@ namespace jax_sage::sm90 {
 
 // P is summed before it is rounded in any case.
 cudaError_t LaunchAttentionFp16(const AttentionParams& params, cudaStream_t stream) {
-  return params.padded_head_dim == 64 ? Launch<Traits<PvFp16<64>, true>>(params, stream)
-                                      : Launch<Traits<PvFp16<128>, true>>(params, stream);
+  if (params.padded_head_dim == 64) return Launch<Traits<PvFp16<64>, true>>(params, stream);
+  if (params.padded_head_dim == 128) return Launch<Traits<PvFp16<128>, true>>(params, stream);
+  return Launch<Traits<PvFp16<256>, true>>(params, stream);
 }
 
 }  // namespace jax_sage::sm90

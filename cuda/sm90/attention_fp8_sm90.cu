@@ -19,7 +19,7 @@ cudaError_t Encode(CUtensorMap* map, const Tensor& tensor) {
       CUtensorMapL2promotion, CUtensorMapFloatOOBfill)>(function);
   const cuuint64_t dims[3] = {tensor.inner, tensor.middle, tensor.outer};
   const cuuint64_t strides[2] = {tensor.inner, tensor.inner * tensor.middle};
-  const cuuint32_t box[3] = {tensor.box_inner, tensor.box_middle, 1};
+  const cuuint32_t box[3] = {tensor.box_inner, tensor.box_middle, tensor.box_outer};
   const cuuint32_t steps[3] = {1, 1, 1};
   const CUresult encoded =
       encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void*>(tensor.data), dims, strides,
@@ -29,13 +29,16 @@ cudaError_t Encode(CUtensorMap* map, const Tensor& tensor) {
   return encoded == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+template <int kHeadDim>
+static cudaError_t LaunchFor(const AttentionParams& params, cudaStream_t stream) {
+  return params.exact_lse ? Launch<Traits<PvFp8<kHeadDim>, true>>(params, stream)
+                          : Launch<Traits<PvFp8<kHeadDim>, false>>(params, stream);
+}
+
 cudaError_t LaunchAttentionFp8(const AttentionParams& params, cudaStream_t stream) {
-  if (params.padded_head_dim == 64) {
-    return params.exact_lse ? Launch<Traits<PvFp8<64>, true>>(params, stream)
-                            : Launch<Traits<PvFp8<64>, false>>(params, stream);
-  }
-  return params.exact_lse ? Launch<Traits<PvFp8<128>, true>>(params, stream)
-                          : Launch<Traits<PvFp8<128>, false>>(params, stream);
+  if (params.padded_head_dim == 64) return LaunchFor<64>(params, stream);
+  if (params.padded_head_dim == 128) return LaunchFor<128>(params, stream);
+  return LaunchFor<256>(params, stream);
 }
 
 }  // namespace jax_sage::sm90

@@ -99,6 +99,11 @@ __device__ __forceinline__ uint64_t Descriptor(uint32_t shared) {
   return (kSwizzle << 62) | (kGroup << 32) | (uint64_t{1} << 16) | ((shared & 0x3FFFF) >> 4);
 }
 
+// The same descriptor, in uniform registers from here on.
+__device__ __forceinline__ uint64_t Uniform(uint64_t descriptor) {
+  return descriptor >> 32 << 32 | __shfl_sync(0xffffffffu, static_cast<uint32_t>(descriptor), 0);
+}
+
 // Descriptor of an operand that is contiguous along its other dimension, in boxes of 128 bytes
 // along that, `box` bytes apart, as TMA writes them. Adding 8 moves along K by one row of a box.
 __device__ __forceinline__ uint64_t TransposedDescriptor(uint32_t shared, int box) {

@@ -11,8 +11,9 @@ static cudaError_t LaunchFor(const AttentionParams& params, cudaStream_t stream)
 }
 
 cudaError_t LaunchMaskedFp16(const AttentionParams& params, cudaStream_t stream) {
-  return params.padded_head_dim == 64 ? LaunchFor<64>(params, stream)
-                                      : LaunchFor<128>(params, stream);
+  if (params.padded_head_dim == 64) return LaunchFor<64>(params, stream);
+  if (params.padded_head_dim == 128) return LaunchFor<128>(params, stream);
+  return LaunchFor<256>(params, stream);
 }
 
 }  // namespace jax_sage::sm90

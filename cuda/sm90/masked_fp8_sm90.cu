@@ -6,17 +6,21 @@ namespace jax_sage::sm90 {
 template <int kHeadDim, bool kExactSum>
 static cudaError_t LaunchFor(const AttentionParams& params, cudaStream_t stream) {
   return params.masks.bias != nullptr
-             ? Launch<Traits<PvFp8<kHeadDim>, kExactSum, Masking::kBiased>>(params, stream)
+             ? Launch<Traits<PvFp8<kHeadDim, kBiasTile>, kExactSum, Masking::kBiased>>(params,
+                                                                                       stream)
              : Launch<Traits<PvFp8<kHeadDim>, kExactSum, Masking::kMasked>>(params, stream);
 }
 
+template <int kHeadDim>
+static cudaError_t LaunchFor(const AttentionParams& params, cudaStream_t stream) {
+  return params.exact_lse ? LaunchFor<kHeadDim, true>(params, stream)
+                          : LaunchFor<kHeadDim, false>(params, stream);
+}
+
 cudaError_t LaunchMaskedFp8(const AttentionParams& params, cudaStream_t stream) {
-  if (params.padded_head_dim == 64) {
-    return params.exact_lse ? LaunchFor<64, true>(params, stream)
-                            : LaunchFor<64, false>(params, stream);
-  }
-  return params.exact_lse ? LaunchFor<128, true>(params, stream)
-                          : LaunchFor<128, false>(params, stream);
+  if (params.padded_head_dim == 64) return LaunchFor<64>(params, stream);
+  if (params.padded_head_dim == 128) return LaunchFor<128>(params, stream);
+  return LaunchFor<256>(params, stream);
 }
 
 }  // namespace jax_sage::sm90

@@ -1,6 +1,8 @@
 // P of a tile from its scores: the running maximum, the exponentials, the packing.
 #pragma once
 
+#include <type_traits>
+
 #include "common/layout.h"
 #include "common/masks.cuh"
 #include "common/ptx.cuh"
@@ -9,13 +11,41 @@
 
 namespace jax_sage::sm90 {
 
-// S[64 x 64] = Q K^T of a block of keys.
-template <int kHeadDim>
-__device__ __forceinline__ void IssueQk(int32_t (&s)[kBlockKv / 2], uint64_t q, uint64_t k) {
+// Q and K of more than 128 channels are boxes of as many, one behind the other.
+constexpr int kBoxChannels = 128;
+
+// S[64 x 64] = Q K^T of a block of keys. q: descriptor of a tile in shared memory, or fragments.
+template <int kHeadDim, class Q>
+__device__ __forceinline__ void IssueQk(int32_t (&s)[kBlockKv / 2], const Q& q, uint64_t k) {
 #pragma unroll
-  for (int ks = 0; ks < kHeadDim / 32; ++ks) ptx::WgmmaS8(s, q + 2 * ks, k + 2 * ks, ks != 0);
+  for (int ks = 0; ks < kHeadDim / 32; ++ks) {
+    const int step = 2 * (ks % 4) + ks / 4 * (kBlockKv * kBoxChannels / 16);
+    if constexpr (std::is_integral_v<Q>) {
+      ptx::WgmmaS8(s, q + step, k + step, ks != 0);
+    } else {
+      ptx::WgmmaS8(s, q.steps[ks], k + step, ks != 0);
+    }
+  }
   ptx::WgmmaCommit();
 }
+
+// Q of a warpgroup as A fragments: of this thread's rows `row`, from the warpgroup's first, and
+// `row` + 8.
+template <int kHeadDim>
+struct QueryFragments {
+  uint32_t steps[kHeadDim / 32][4];
+  __device__ __forceinline__ void Load(const int8_t* first_row, int row, int lane) {
+    const int8_t* from = first_row + row * kHeadDim + 4 * (lane & 3);
+#pragma unroll
+    for (int ks = 0; ks < kHeadDim / 32; ++ks) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        steps[ks][i] = __ldg(reinterpret_cast<const uint32_t*>(from + i % 2 * (8 * kHeadDim) +
+                                                               i / 2 * 16 + ks * 32));
+      }
+    }
+  }
+};
 
 // Scores and softmax state of this thread's two rows, lane / 4 and lane / 4 + 8 of its warp's 16.
 //
@@ -37,8 +67,7 @@ struct Scores {
   // see; no row of the warpgroup sees more than the first `keys`.
   template <class Seen>
   __device__ __forceinline__ void Softmax(uint32_t (&p)[T::kBlocks][Pv::kRegisters], Pv& sums,
-                                          bool first, const Seen& seen, int keys,
-                                          int opaque_zero) {
+                                          bool first, const Seen& seen, int keys, int opaque_zero) {
     float tile_sum[2] = {0, 0};
     uint32_t over[2] = {first ? ~0u : 0, first ? ~0u : 0};
 #pragma unroll
@@ -118,8 +147,8 @@ struct Scores {
       Pv::Pack(p, pair, x);
       // Bits mask packed codes: a few instructions for a register of them.
       if constexpr (Seen::kBits) {
-        Pv::Hide(p, pair, seen.bits[0] >> (16 * block + 4 * pair),
-                 seen.bits[1] >> (16 * block + 4 * pair));
+        const int i = kBlockKv / 16 * block + pair;
+        Pv::Hide(p, pair, seen.bits[0] << i, seen.bits[1] << i);
       }
     }
     // The two rows alternate in the registers of an A fragment.
@@ -153,14 +182,21 @@ struct Scores {
           }
           continue;
         }
-        int32_t best = INT32_MIN, block_total = 0;  // 16 scores of up to 2^21
+        int32_t best = INT32_MIN, block_total = 0;  // 16 scores of up to 2^22
 #pragma unroll
         for (int n = 0; n < kBlockKv / 8; ++n) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            if (!seen(half, kBlockKv * block + 8 * n + e)) continue;
-            best = ::max(best, s[block][4 * n + 2 * half + e]);
-            block_total += s[block][4 * n + 2 * half + e];
+            const int column = kBlockKv * block + 8 * n + e;
+            const int32_t x = s[block][4 * n + 2 * half + e];
+            if constexpr (Seen::kBits) {
+              const int32_t is_seen = seen.Spread(half, column);
+              best = ::max(best, (x & is_seen) | (INT32_MIN & ~is_seen));
+              block_total += x & is_seen;
+            } else if (seen(half, column)) {
+              best = ::max(best, x);
+              block_total += x;
+            }
           }
         }
         // A block without keys has no scale either.

@@ -1,7 +1,8 @@
 // PV and where its sums live: one class for each type of P and V.
 //
 // Of a warpgroup's tiles, in order: Issue() starts PV, Retire() follows when it has completed.
-// Rescale() may come between a Retire and the next Issue. Finish() gives the output and row sums.
+// Rescale() may come between a Retire and the next Issue. FinishRowSums() gives these, and then
+// Finish() the output, of kTiles times 8 channels from kFirst on.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -18,15 +19,16 @@ namespace jax_sage::sm90 {
 // output, which lives in shared memory: the registers that it would take are worth more to the
 // softmax than the additions cost. Row sums of the rounded P come from 8 more columns of PV, rows
 // of ones behind V^T.
-template <int kHeadDim_>
+template <int kHeadDim_, int kTile_ = kHeadDim_ <= 128 ? 128 : 64>
 struct PvFp8 {
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kTile = 128;
+  static constexpr int kTile = kTile_;
   static constexpr int kSumRows = 8;
-  static constexpr int kPromoteTiles = 4;
+  static constexpr int kPromoteTiles = 512 / kTile;
   static_assert(kPMax * kVMax * kTile * kPromoteTiles <= 65504.0f, "an FP16 sum may not overflow");
   static constexpr int kBytes = kHeadDim * kTile;
   static constexpr int kStride = (kHeadDim + kSumRows) * kTile;
+  static constexpr int kAlignment = 8 * kTile;
   static constexpr int kRegisters = kBlockKv / 8;  // of P, a block
   static constexpr bool kSumsRows = true;
   static constexpr uint32_t kOnes = 0x38383838;
@@ -35,7 +37,7 @@ struct PvFp8 {
   static constexpr uint32_t kLimitOffset = (0x80 - (kLog2PMaxInt + 7) * 8) * 0x01010101;
   static constexpr uint32_t kLimitMask = 0x80808080;
 
-  uint32_t output;  // address of this thread's part: 4 floats every 2048 bytes
+  uint32_t output;  // address of this thread's part: 4 floats every 512 bytes
   uint32_t sums[(kHeadDim + kSumRows) / 4];  // FP16 pairs: the channels, then the row sums
   float row_sum[2] = {0, 0};
   float pending[2] = {1, 1};  // what the output is still to be multiplied by
@@ -69,14 +71,11 @@ struct PvFp8 {
     p[2 * pair] = ptx::PackE4m3(x[0][0], x[0][1], x[1][0], x[1][1]);
     p[2 * pair + 1] = ptx::PackE4m3(x[0][2], x[0][3], x[1][2], x[1][3]);
   }
-  // Puts 0 where the rows' bits 0 to 3, keys 0, 1, 8 and 9, are not set.
+  // Puts 0 where the signs of the rows' bytes, keys 0, 1, 8 and 9, are not set.
   static __device__ __forceinline__ void Hide(uint32_t (&p)[kRegisters], int pair, uint32_t seen0,
                                               uint32_t seen1) {
-    const auto bytes = [](uint32_t bits) {
-      return ((bits & 0xf) * 0x00204081 & 0x01010101) * 0xff;
-    };
-    p[2 * pair] &= bytes(seen0);
-    p[2 * pair + 1] &= bytes(seen1);
+    p[2 * pair] &= ptx::SpreadSigns<0, 1, 2, 3>(seen0);
+    p[2 * pair + 1] &= ptx::SpreadSigns<0, 1, 2, 3>(seen1);
   }
   // Powers of two that a row's maximum may grow by before a tile must be done again. They cost
   // range at the other end: a key with an average score must keep a P that is a normal number
@@ -106,7 +105,7 @@ struct PvFp8 {
     for (int i = 0; i < kHeadDim / 8; ++i) {
       float o[4];
       Promoted(o, i, tile >= kPromoteTiles);
-      ptx::StoreSharedAs(output + i * 2048, make_float4(o[0], o[1], o[2], o[3]));
+      ptx::StoreSharedAs(output + i * 512, make_float4(o[0], o[1], o[2], o[3]));
     }
     pending[0] = pending[1] = 1;
     AddRowSums();
@@ -122,24 +121,26 @@ struct PvFp8 {
       }
     }
   }
-  __device__ __forceinline__ void Finish(float (&o)[kHeadDim / 8][4], float (&total)[2],
-                                         const float (&)[2], int tiles) {
+  __device__ __forceinline__ void FinishRowSums(float (&total)[2], const float (&)[2], int tiles) {
     if (tiles % kPromoteTiles == 0) {  // promoted already
 #pragma unroll
       for (uint32_t& x : sums) x = 0;
     }
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 8; ++i) Promoted(o[i], i, tiles >= kPromoteTiles);
     AddRowSums();
     total[0] = row_sum[0];
     total[1] = row_sum[1];
+  }
+  template <int kFirst, int kTiles>
+  __device__ __forceinline__ void Finish(float (&o)[kTiles][4], int tiles) {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) Promoted(o[i], kFirst / 8 + i, tiles >= kPromoteTiles);
   }
 
  private:
   // The output with the sums; `any`: there is an output already.
   __device__ __forceinline__ void Promoted(float (&o)[4], int i, bool any) const {
     float4 old = {0, 0, 0, 0};
-    if (any) old = ptx::LoadSharedAs<float4>(output + i * 2048);
+    if (any) old = ptx::LoadSharedAs<float4>(output + i * 512);
     const float2 x = ptx::UnpackF16(sums[2 * i]), y = ptx::UnpackF16(sums[2 * i + 1]);
     o[0] = fmaf(old.x, pending[0], x.x);
     o[1] = fmaf(old.y, pending[0], x.y);
@@ -159,6 +160,7 @@ struct PvFp16 {
   static constexpr int kTile = 64;
   static constexpr int kBytes = kHeadDim * kTile * 2;
   static constexpr int kStride = kBytes;
+  static constexpr int kAlignment = 1024;
   static constexpr int kBoxBytes = kTile * 128;  // 64 channels, the width of the swizzle
   static constexpr int kRegisters = kBlockKv / 4;
   // What FP16 rounds off P is too little to show in a row sum: that of P before rounding serves.
@@ -192,13 +194,10 @@ struct PvFp16 {
   }
   static __device__ __forceinline__ void Hide(uint32_t (&p)[kRegisters], int pair, uint32_t seen0,
                                               uint32_t seen1) {
-    const auto halves = [](uint32_t bits) {
-      return ((bits & 3) * 0x8001 & 0x00010001) * 0xffff;
-    };
-    p[4 * pair] &= halves(seen0);
-    p[4 * pair + 1] &= halves(seen1);
-    p[4 * pair + 2] &= halves(seen0 >> 2);
-    p[4 * pair + 3] &= halves(seen1 >> 2);
+    p[4 * pair] &= ptx::SpreadSigns<0, 0, 1, 1>(seen0);
+    p[4 * pair + 1] &= ptx::SpreadSigns<0, 0, 1, 1>(seen1);
+    p[4 * pair + 2] &= ptx::SpreadSigns<2, 2, 3, 3>(seen0);
+    p[4 * pair + 3] &= ptx::SpreadSigns<2, 2, 3, 3>(seen1);
   }
   // The limit is 2^(15 - log2 P_MAX) above what P starts with: room enough.
   static __device__ __forceinline__ float Room(float) { return 0; }
@@ -218,15 +217,17 @@ struct PvFp16 {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) sums[i] *= alpha[i / 2 % 2];
   }
-  __device__ __forceinline__ void Finish(float (&o)[kHeadDim / 8][4], float (&total)[2],
-                                         const float (&sum)[2], int) {
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) o[i / 4][i % 4] = sums[i];
+  __device__ __forceinline__ void FinishRowSums(float (&total)[2], const float (&sum)[2], int) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       total[half] = sum[half] + __shfl_xor_sync(0xffffffffu, sum[half], 1);
       total[half] += __shfl_xor_sync(0xffffffffu, total[half], 2);
     }
+  }
+  template <int kFirst, int kTiles>
+  __device__ __forceinline__ void Finish(float (&o)[kTiles][4], int) {
+#pragma unroll
+    for (int i = 0; i < 4 * kTiles; ++i) o[i / 4][i % 4] = sums[kFirst / 2 + i];
   }
 };
 

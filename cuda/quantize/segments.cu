@@ -1,0 +1,392 @@
+// Quantization of Q, K and V where each segment has means and scales of its own.
+//
+// XLA sorts the keys by segment id; a segment's slot is the place of its first key in that order,
+// and what belongs to it lies at its slot in tables that are as long as the keys. Launches, each
+// of which needs the whole of the one before:
+//   1. the slots of keys and queries;
+//   2. statistics: a CTA goes over a part of the sorted keys of a head, segment by segment, and
+//      finishes those that lie in it as a whole;
+//   3. the segments that lie in several parts: their pieces are put together;
+//   4. codes, in the order of the tokens, as in quantize.cu;
+//   5. V's scales, and what smoothing took from it, by the sums of its codes.
+// Every sum of floats is made in an order that the ids and the lengths alone decide.
+#include <algorithm>
+
+#include "quantize/codes.cuh"
+#include "quantize/quantize.h"
+#include "quantize/statistics.cuh"
+#include "quantize/tokens.cuh"
+
+namespace jax_sage {
+namespace quantize {
+
+// The first place of an id among the sorted ones, or -1.
+__device__ __forceinline__ int FindPlace(const int32_t* ids, int length, int id) {
+  int low = 0, high = length;
+  while (low < high) {
+    const int middle = low + (high - low) / 2;
+    if (__ldg(ids + middle) < id) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low < length && __ldg(ids + low) == id ? low : -1;
+}
+
+// The place behind the last before `end` that has the id of `place`.
+__device__ __forceinline__ int EndOfRun(const int32_t* ids, int place, int end) {
+  const int id = __ldg(ids + place);
+  if (__ldg(ids + end - 1) == id) return end;
+  if (__ldg(ids + place + 1) != id) return place + 1;
+  int low = place, high = end - 1;  // the first has the id, the other has not
+  while (high - low > 1) {
+    const int middle = low + (high - low) / 2;
+    if (__ldg(ids + middle) == id) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return high;
+}
+
+__device__ __forceinline__ bool BeginsAt(const int32_t* ids, int place) {
+  return place == 0 || __ldg(ids + place - 1) != __ldg(ids + place);
+}
+
+__device__ __forceinline__ const int32_t* SortedIds(const SegmentedParams& params, int head) {
+  return params.sorted_ids + head / params.kv_heads * params.key_id_stride;
+}
+
+constexpr int kSlotThreads = 256;
+
+__global__ void __launch_bounds__(kSlotThreads) FindSlots(const SegmentedParams params) {
+  int64_t i = blockIdx.x * int64_t{kSlotThreads} + threadIdx.x;
+  const int64_t keys = params.batch * params.length_kv;
+  if (i < keys) {
+    const int64_t batch = i / params.length_kv;
+    const int place = static_cast<int>(i % params.length_kv);
+    const int32_t* ids = params.sorted_ids + batch * params.key_id_stride;
+    const int position = __ldg(params.order + batch * params.key_id_stride + place);
+    params.key_slots[batch * params.length_kv + position] =
+        FindPlace(ids, params.length_kv, __ldg(ids + place));
+    return;
+  }
+  i -= keys;
+  if (i < params.batch * params.padded_q) {
+    const int64_t batch = i / params.padded_q;
+    const int id = __ldg(params.query_ids + batch * params.query_id_stride + i % params.padded_q);
+    params.query_slots[i] =
+        FindPlace(params.sorted_ids + batch * params.key_id_stride, params.length_kv, id);
+    return;
+  }
+  i -= params.batch * params.padded_q;
+  if (i < params.batch * params.kv_heads * kBadRows * params.padded_head_dim) {
+    params.first_bad[i] = kNever;
+  }
+}
+
+template <int kHeadDim>
+struct SharedPart {
+  SharedStatistics<kHeadDim> statistics;
+  float warp_max[kWarps<kHeadDim>];
+};
+
+// Of numbers that are not negative. Synchronizes once.
+template <int kWarps>
+__device__ __forceinline__ float MaxOfCta(float x, float (&warp_max)[kWarps]) {
+  x = MaxAcross<32>(x);
+  if (threadIdx.x % 32 == 0) warp_max[threadIdx.x / 32] = x;
+  __syncthreads();
+#pragma unroll
+  for (float of_warp : warp_max) x = fmaxf(x, of_warp);
+  return x;
+}
+
+// The largest power of two up to x.
+__device__ __forceinline__ float PowerOfTwo(float x) {
+  return __int_as_float(__float_as_int(fmaxf(x, kAbsmaxFloor)) & 0x7f800000);
+}
+
+// From the statistics of a segment's channels what the codes are made with. `count`: its keys that
+// count.
+template <Tensor kTensor, int kHeadDim>
+__device__ __forceinline__ void FinishSlot(const SegmentedParams& params,
+                                           SharedPart<kHeadDim>& shared, int head, int slot,
+                                           int count, const ChannelStatistics& all) {
+  const int c = threadIdx.x;
+  const int64_t index = head * static_cast<int64_t>(params.length_kv) + slot;
+  const float per_key = __fdiv_rn(1.0f, static_cast<float>(max(count, 1)));
+  if (kTensor == kKey) {
+    float absmax = 0;
+    if (c < kHeadDim) {
+      const float mean = KeyMean(params, per_key, all);
+      params.slot_means[index * kHeadDim + c] = __float2bfloat16_rn(mean);  // exact
+      absmax = AbsmaxFrom(mean, all);
+    }
+    absmax = MaxOfCta(absmax, shared.warp_max);
+    if (c == 0) params.slot_factors[index].x = PowerOfTwo(absmax);
+  } else if (c < kHeadDim) {
+    const ValueChannel value(params, per_key, all);
+    float* channels = params.slot_channels + index * (kSlotRows * kHeadDim) + c;
+    channels[kSlotScale * kHeadDim] = value.absmax;
+    channels[kSlotOffset * kHeadDim] = value.average;
+    params.value_code_sum[index * kHeadDim + c] = 0;
+    if (c == 0) params.slot_factors[index].y = per_key;
+  }
+}
+
+// Rows of a tensor's partial statistics.
+template <Tensor kTensor>
+struct Rows {
+  static constexpr int kSum = kTensor == kKey ? kSumK : kSumV;
+  static constexpr int kMax = kTensor == kKey ? kMaxK : kMaxV;
+  static constexpr int kMin = kTensor == kKey ? kMinK : kMinV;
+};
+
+__device__ __forceinline__ int64_t FirstPart(const SegmentedParams& params, int head, Piece piece) {
+  return (head * static_cast<int64_t>(kPieces) + piece) * params.parts;
+}
+
+// Statistics of a part of a head's sorted keys.
+template <Tensor kTensor, class In, int kAccess, int kHeadDim>
+__device__ __forceinline__ void MakePart(const SegmentedParams& params, const Plan& plan,
+                                         SharedPart<kHeadDim>& shared, int head, int part) {
+  const int64_t begin = static_cast<int64_t>(part) * plan.tokens_per_part;
+  if (begin >= params.length_kv) return;
+  const int end =
+      static_cast<int>(min(begin + plan.tokens_per_part, static_cast<int64_t>(params.length_kv)));
+  const int32_t* ids = SortedIds(params, head);
+  Tokens<In, kAccess | kSorted, kHeadDim> tokens(kTensor == kKey ? params.key : params.value, head,
+                                                 params.kv_heads, params.length_kv, params.head_dim,
+                                                 SeenBy(params, head));
+  tokens.order = params.order + head / params.kv_heads * params.key_id_stride;
+  int* bad =
+      params.first_bad +
+      (head * static_cast<int64_t>(kBadRows) + (kTensor == kKey ? kBadKey : kBadValue)) * kHeadDim;
+  const int c = threadIdx.x;
+  int next;
+#pragma unroll 1
+  for (int run = static_cast<int>(begin); run < end; run = next) {
+    next = EndOfRun(ids, run, end);
+    tokens.length = next;  // nothing is loaded of those behind
+    int count = 0;
+#pragma unroll 1
+    for (int i = run; i < next; i += kThreads<kHeadDim>) {  // all have read `shared`
+      count += __syncthreads_count(tokens.Counts(i + threadIdx.x));
+    }
+    const ChannelStatistics all =
+        Combine<true>(shared.statistics, StatisticsOf<kTensor>(tokens, run, next, bad));
+    const bool begins = BeginsAt(ids, run);
+    if (begins && (next == params.length_kv || BeginsAt(ids, next))) {
+      FinishSlot<kTensor>(params, shared, head, run, count, all);
+      continue;
+    }
+    const int64_t index = FirstPart(params, head, begins ? kBegun : kContinued) + part;
+    if (c < kHeadDim) {
+      float* out = params.partials + index * (kPartialRows * kHeadDim) + c;
+      out[Rows<kTensor>::kSum * kHeadDim] = all.sum;
+      out[Rows<kTensor>::kMax * kHeadDim] = all.max;
+      out[Rows<kTensor>::kMin * kHeadDim] = all.min;
+    }
+    // K and V count alike.
+    if (kTensor == kKey && c == 0) params.piece_counts[index] = count;
+  }
+}
+
+// Puts the pieces together of the segment that begins in a part and does not end there, if any.
+template <Tensor kTensor, int kHeadDim>
+__device__ __forceinline__ void JoinPieces(const SegmentedParams& params, const Plan& plan,
+                                           SharedPart<kHeadDim>& shared, int head, int part) {
+  const int64_t begin = static_cast<int64_t>(part) * plan.tokens_per_part;
+  const int64_t end = begin + plan.tokens_per_part;
+  if (end >= params.length_kv) return;
+  const int32_t* ids = SortedIds(params, head);
+  if (BeginsAt(ids, static_cast<int>(end))) return;
+  const int id = __ldg(ids + end);
+  if (begin > 0 && __ldg(ids + begin - 1) == id) return;  // it began before
+  const int64_t batch = head / params.kv_heads;
+  const int slot =
+      params.key_slots[batch * params.length_kv + params.order[batch * params.key_id_stride + end]];
+  // The parts that follow and begin with a key of the segment.
+  int last = part;
+#pragma unroll 1
+  for (int first = part + 1; first < params.parts; first += kThreads<kHeadDim>) {
+    const int64_t start = static_cast<int64_t>(first + threadIdx.x) * plan.tokens_per_part;
+    last += __syncthreads_count(start < params.length_kv && __ldg(ids + start) == id);
+  }
+  const int64_t begun = FirstPart(params, head, kBegun);
+  const int64_t continued = FirstPart(params, head, kContinued);
+  int count = params.piece_counts[begun + part];
+#pragma unroll 4
+  for (int i = part + 1; i <= last; ++i) count += params.piece_counts[continued + i];
+
+  Statistics of_thread;
+  const auto gather = [&](int row, auto add) {
+    constexpr int kPart = kPartialRows * kHeadDim;
+    Gather<kHeadDim>(params.partials + begun * kPart, part, part + 1, row, add);
+    Gather<kHeadDim>(params.partials + continued * kPart, part + 1, last + 1, row, add);
+  };
+  gather(Rows<kTensor>::kSum, [&](int i, float x) { of_thread.sum[i] += x; });
+  gather(Rows<kTensor>::kMax,
+         [&](int i, float x) { of_thread.max[i] = fmaxf(of_thread.max[i], x); });
+  gather(Rows<kTensor>::kMin,
+         [&](int i, float x) { of_thread.min[i] = fminf(of_thread.min[i], x); });
+  FinishSlot<kTensor>(params, shared, head, slot, count,
+                      Combine<true>(shared.statistics, of_thread));
+}
+
+// As many as the registers allow.
+template <class In, int kAccess, int kHeadDim>
+constexpr int kCtasPerSm = kHeadDim <= 128 ? (sizeof(In) == 4 ? 1 : 2) + (kAccess & kWide) : 1;
+static_assert(kWide == 1);
+
+// A CTA for each part of K or V of a head.
+template <class In, int kAccess, int kHeadDim>
+__global__ void __launch_bounds__(kThreads<kHeadDim>, kCtasPerSm<In, kAccess, kHeadDim>)
+    SegmentStatistics(const SegmentedParams params, const Plan plan) {
+  if (!kIsBuilt<kHeadDim>) return;
+  __shared__ SharedPart<kHeadDim> shared;
+  const int unit = blockIdx.x / params.parts, part = blockIdx.x % params.parts;
+  if (unit % 2 == kKey) {
+    MakePart<kKey, In, kAccess>(params, plan, shared, unit / 2, part);
+  } else {
+    MakePart<kValue, In, kAccess>(params, plan, shared, unit / 2, part);
+  }
+}
+
+template <int kHeadDim>
+__global__ void __launch_bounds__(kThreads<kHeadDim>)
+    JoinSegments(const SegmentedParams params, const Plan plan) {
+  if (!kIsBuilt<kHeadDim>) return;
+  __shared__ SharedPart<kHeadDim> shared;
+  const int unit = blockIdx.x / params.parts, part = blockIdx.x % params.parts;
+  if (unit % 2 == kKey) {
+    JoinPieces<kKey>(params, plan, shared, unit / 2, part);
+  } else {
+    JoinPieces<kValue>(params, plan, shared, unit / 2, part);
+  }
+}
+
+template <int kHeadDim>
+union SharedCodes {
+  SharedKey<kHeadDim> key;
+  SharedValue<kHeadDim> value;
+};
+
+template <class In, int kAccess, int kHeadDim>
+__global__ void __launch_bounds__(kThreads<kHeadDim>, kCtasPerSm<In, kAccess, kHeadDim>)
+    SegmentCodes(const SegmentedParams params, const Plan plan) {
+  if (!kIsBuilt<kHeadDim>) return;
+  __shared__ SharedCodes<kHeadDim> shared;
+  // From the last to the first: of what the statistics have read last, some is still in L2.
+  const int item = plan.items - 1 - static_cast<int>(blockIdx.x);
+  if (item < 0) {
+    constexpr int kTokens = Tokens<In, kAccess, kHeadDim>::kTokens;
+    const int chunks = (params.padded_q + kTokens - 1) / kTokens;
+    const int chunk = -1 - item;
+    MakeQueryCodes<In, kAccess, kHeadDim>(params, chunk / chunks, chunk % chunks * kTokens);
+    return;
+  }
+  const int unit = item / params.parts, part = item % params.parts;
+  if (unit % 2 == kKey) {
+    MakeKeyCodes<In, kAccess>(params, plan, shared.key, unit / 2, part);
+  } else {
+    MakeValueCodes<In, kAccess>(params, plan, shared.value, unit / 2, part);
+  }
+}
+
+// A CTA goes over as many places of a head's sorted keys as it has threads.
+template <int kHeadDim>
+__global__ void __launch_bounds__(kThreads<kHeadDim>) FinishChannels(const SegmentedParams params) {
+  if (!kIsBuilt<kHeadDim>) return;
+  constexpr int kPlaces = kThreads<kHeadDim>;
+  __shared__ uint32_t begins[kPlaces / 32];
+  const int groups = (params.length_kv + kPlaces - 1) / kPlaces;
+  const int head = blockIdx.x / groups;
+  const int first = blockIdx.x % groups * kPlaces;
+  const int place = first + threadIdx.x;
+  const bool begins_here = place < params.length_kv && BeginsAt(SortedIds(params, head), place);
+  const uint32_t of_warp = __ballot_sync(kAllLanes, begins_here);
+  if (threadIdx.x % 32 == 0) begins[threadIdx.x / 32] = of_warp;
+  if (!__syncthreads_or(begins_here)) return;
+  constexpr int kAtOnce = kPlaces / kHeadDim;
+  static_assert(kPlaces % kHeadDim == 0);
+  const int c = threadIdx.x % kHeadDim;
+#pragma unroll 1
+  for (int i = threadIdx.x / kHeadDim; i < kPlaces; i += kAtOnce) {
+    if ((begins[i / 32] >> i % 32 & 1) == 0) continue;
+    const int64_t slot = head * static_cast<int64_t>(params.length_kv) + first + i;
+    float* channels = params.slot_channels + slot * (kSlotRows * kHeadDim) + c;
+    const ValueChannel value(channels[kSlotOffset * kHeadDim], channels[kSlotScale * kHeadDim]);
+    const float code_mean =
+        static_cast<float>(static_cast<double>(params.value_code_sum[slot * kHeadDim + c]) *
+                           kCodeUnit) *
+        params.slot_factors[slot].y;
+    channels[kSlotScale * kHeadDim] = value.scale;
+    // 0: nothing was taken from V, and nothing is given back.
+    channels[kSlotOffset * kHeadDim] =
+        value.average == 0 ? 0 : value.average - value.scale * code_mean;
+  }
+}
+
+template <class In, int kAccess, int kHeadDim>
+cudaError_t LaunchSegments(const SegmentedParams& params, cudaStream_t stream) {
+  constexpr int kTokens = Tokens<In, kAccess, kHeadDim>::kTokens;
+  const auto ceil_div = [](int64_t x, int64_t y) { return (x + y - 1) / y; };
+  const int64_t units = 2 * params.batch * params.kv_heads;
+  const int64_t items = units * params.parts;
+  const int64_t query_items = params.batch * params.heads * ceil_div(params.padded_q, kTokens);
+  const int64_t tokens = params.batch * (static_cast<int64_t>(params.length_kv) + params.padded_q);
+  const int64_t slot_blocks = ceil_div(tokens + units * kHeadDim, kSlotThreads);
+  static_assert(kBadRows == 2, "of a unit K and V");
+  const int64_t channel_blocks = units / 2 * ceil_div(params.length_kv, kThreads<kHeadDim>);
+  if (std::max({items + query_items, slot_blocks, channel_blocks}) > INT32_MAX) {
+    return cudaErrorInvalidConfiguration;
+  }
+  Plan plan{};
+  plan.items = static_cast<int>(items);
+  plan.tokens_per_part =
+      static_cast<int>(ceil_div(ceil_div(params.length_kv, params.parts), kTokens) * kTokens);
+
+  const auto blocks = [](int64_t count) { return static_cast<unsigned>(count); };
+  FindSlots<<<blocks(slot_blocks), kSlotThreads, 0, stream>>>(params);
+  SegmentStatistics<In, kAccess, kHeadDim>
+      <<<blocks(items), kThreads<kHeadDim>, 0, stream>>>(params, plan);
+  JoinSegments<kHeadDim><<<blocks(items), kThreads<kHeadDim>, 0, stream>>>(params, plan);
+  SegmentCodes<In, kAccess, kHeadDim>
+      <<<blocks(items + query_items), kThreads<kHeadDim>, 0, stream>>>(params, plan);
+  FinishChannels<kHeadDim><<<blocks(channel_blocks), kThreads<kHeadDim>, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+template <class In, int kAccess>
+cudaError_t LaunchSegmentsFor(const SegmentedParams& params, cudaStream_t stream) {
+  if (params.padded_head_dim == 64) return LaunchSegments<In, kAccess, 64>(params, stream);
+  if (params.padded_head_dim == 128) return LaunchSegments<In, kAccess, 128>(params, stream);
+  return LaunchSegments<In, kAccess, 256>(params, stream);
+}
+
+template <class In>
+cudaError_t LaunchSegmentsFor(const SegmentedParams& params, cudaStream_t stream) {
+  // Whether keys are seen is always given.
+  return IsWide(params, sizeof(In)) ? LaunchSegmentsFor<In, kWide | kSomeSeen>(params, stream)
+                                    : LaunchSegmentsFor<In, kSomeSeen>(params, stream);
+}
+
+}  // namespace quantize
+
+cudaError_t LaunchQuantizeSegments(const SegmentedParams& params, cudaStream_t stream) {
+  switch (params.type) {
+    case DType::kF16:
+      return quantize::LaunchSegmentsFor<__half>(params, stream);
+    case DType::kBf16:
+      return quantize::LaunchSegmentsFor<__nv_bfloat16>(params, stream);
+    case DType::kF32:
+      return quantize::LaunchSegmentsFor<float>(params, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace jax_sage

@@ -1,0 +1,119 @@
+// The bias on its way to the scores: each consumer warp has that of its own 16 rows copied by TMA
+// as soon as it knows which tile is next, and waits for it beneath that tile's QK^T. No warp waits
+// for another.
+//
+// To TMA the bias is a tensor of rows, those of all heads one behind the other, of lines of 128
+// bytes, of which a tile of keys has two (float32) or one. The swizzle exchanges 16-byte units of a
+// line by the line's number modulo 8, and so a warp reads without bank conflicts.
+#pragma once
+
+#include "common/attention.h"
+#include "common/layout.h"
+#include "common/masks.cuh"
+#include "common/ptx.cuh"
+#include "sm90/attention.h"
+#include "sm90/barrier.cuh"
+
+namespace jax_sage::sm90 {
+
+constexpr int kBiasRows = 16;  // of a warp
+constexpr int kBiasTile = 64;  // keys
+constexpr int kBiasLine = 128;
+constexpr int kBiasBytes = kBiasRows * kBiasTile * 4;  // of a warp's buffer
+
+// Prepares the copies; none where all keys have the same.
+inline cudaError_t EncodeBias(TensorMaps& maps, const AttentionParams& params) {
+  const MaskParams& masks = params.masks;
+  maps.bias_bytes = 0;
+  if (masks.bias_column_stride == 0) return cudaSuccess;
+  maps.bias_lines = masks.bias_type == DType::kF32 ? 2 : 1;
+  const bool one_row = masks.bias_row_stride == 0;
+  const int tiles = (params.length_kv + kMaskKeys - 1) / kMaskKeys * (kMaskKeys / kBiasTile);
+  const int64_t heads = (masks.bias_batch_stride != 0 ? params.batch : 1) *
+                        (masks.bias_head_stride != 0 ? params.heads : 1);
+  // One row that stands for all is copied twice, for both rows of a thread.
+  maps.bias_bytes = (one_row ? 2 : kBiasRows) * maps.bias_lines * kBiasLine;
+  return Encode(&maps.bias,
+                {masks.bias, kBiasLine, static_cast<uint64_t>(tiles) * maps.bias_lines,
+                 static_cast<uint64_t>(heads * (one_row ? 1 : params.length_q)), kBiasLine,
+                 static_cast<uint32_t>(maps.bias_lines), one_row ? 1u : kBiasRows});
+}
+
+// The number among the tensor's rows of what query `row` of a head adds.
+__device__ __forceinline__ int RowOfBias(const AttentionParams& params, int batch, int head,
+                                         int row) {
+  const MaskParams& masks = params.masks;
+  int heads = masks.bias_batch_stride != 0 ? batch : 0;
+  if (masks.bias_head_stride != 0) heads = heads * params.heads + head;
+  return masks.bias_row_stride != 0 ? heads * params.length_q + row : heads;
+}
+
+// A warp's buffer, aligned to 1024 bytes. Each Copy() is followed by one Read(). kEmpty: from the
+// barrier that the bytes complete to that which all lanes do.
+template <int kEmpty>
+class BiasBuffer {
+ public:
+  __device__ __forceinline__ BiasBuffer(uint32_t buffer, uint32_t full)
+      : buffer_(buffer), full_(full) {}
+
+  // What a warp adds to its warpgroup's row of the tensor.
+  __device__ static __forceinline__ int FirstRow(const TensorMaps& maps, int warp) {
+    return IsOneRow(maps) ? 0 : kBiasRows * warp;
+  }
+  // One lane. Rows behind a head's last are another head's, or zeros.
+  __device__ __forceinline__ void Copy(const TensorMaps& maps, int tile, int row) const {
+    const int line = tile * maps.bias_lines;
+    ptx::BarrierWait(full_ + kEmpty, parity_ ^ 1);
+    ptx::BarrierExpect(full_, maps.bias_bytes);
+    ptx::CopyBox(buffer_, &maps.bias, full_, 0, line, row);
+    if (IsOneRow(maps)) {
+      ptx::CopyBox(buffer_ + 8 * kBiasLine * maps.bias_lines, &maps.bias, full_, 0, line, row);
+    }
+  }
+
+  // All lanes. Element 4n + 2 * half + e is that of key 8n + 2(lane % 4) + e.
+  __device__ __forceinline__ void Read(float (&bias)[kBlockKv / 2], const TensorMaps& maps,
+                                       DType type, int lane) {
+    ptx::BarrierWait(full_, parity_);
+    parity_ ^= 1;
+    const uint32_t row = IsOneRow(maps) ? 0 : lane / 4, quad = lane & 3;
+    if (type == DType::kF32) {
+      ReadAs<float2>(bias, row, quad);
+    } else if (type == DType::kBf16) {
+      ReadAs<__nv_bfloat162>(bias, row, quad);
+    } else {
+      ReadAs<__half2>(bias, row, quad);
+    }
+    ptx::BarrierArrive(full_ + kEmpty);
+  }
+
+ private:
+  __device__ static __forceinline__ bool IsOneRow(const TensorMaps& maps) {
+    return maps.bias_bytes < kBiasRows * kBiasLine;
+  }
+  template <class P>
+  __device__ __forceinline__ void ReadAs(float (&bias)[kBlockKv / 2], uint32_t row,
+                                         uint32_t quad) const {
+    constexpr uint32_t kPair = sizeof(P), kLines = kPair / 4;
+    // Pair 4n + quad of a row, where units are exchanged by the number of the line: that is by
+    // kLines * row % 8, and in the second line by 1 more.
+    const uint32_t pair =
+        buffer_ + row * (kLines * kBiasLine) + ((quad * kPair) ^ (row * kLines % 8 * 16));
+#pragma unroll
+    for (uint32_t n = 0; n < kBlockKv / 8; ++n) {
+      const uint32_t byte = 4 * n * kPair;
+      const uint32_t at = pair ^ byte ^ (byte / kBiasLine * 16);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 x = BiasPair(ptx::LoadSharedAs<P>(at + half * (8 * kLines * kBiasLine)));
+        bias[4 * n + 2 * half] = x.x;
+        bias[4 * n + 2 * half + 1] = x.y;
+      }
+    }
+  }
+
+  uint32_t buffer_, full_;  // address of the buffer, and of the barrier that bytes complete
+  uint32_t parity_ = 0;     // of its phase that the next Read waits for
+};
+
+}  // namespace jax_sage::sm90
