@@ -15,20 +15,6 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
 __device__ __forceinline__ void CopyAsync16(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(shared), "l"(global));
 }
-// The same, or zeros where nothing is given: then nothing is read.
-template <bool kThroughL1>
-__device__ __forceinline__ void CopyAsync16OrZeros(uint32_t shared, const void* global,
-                                                   bool is_given) {
-  if constexpr (kThroughL1) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global),
-                 "r"(is_given ? 16 : 0)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global),
-                 "r"(is_given ? 16 : 0)
-                 : "memory");
-  }
-}
 __device__ __forceinline__ void CopyAsyncCommit() { asm volatile("cp.async.commit_group;\n"); }
 template <int kPending>
 __device__ __forceinline__ void CopyAsyncWait() {

@@ -10,7 +10,6 @@
 #include <type_traits>
 
 #include "common/layout.h"
-#include "common/ptx.cuh"
 #include "quantize/quantize.h"
 
 namespace jax_sage::quantize {
@@ -31,7 +30,7 @@ constexpr int kThreads = kHeadDim <= 128 ? 256 : 512;
 template <int kHeadDim>
 constexpr int kWarps = kThreads<kHeadDim> / 32;
 constexpr int kVector = 8;  // channels of a thread
-constexpr int kPasses = 4;  // tokens of a thread in a chunk
+constexpr int kPasses = 4;  // tokens of a thread: all loaded before the first is used
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr unsigned kAllLanes = 0xffffffffu;
@@ -66,11 +65,7 @@ using Pair = typename PairOf<In>::Type;
 
 __device__ __forceinline__ float2 ToFloats(float2 x) { return x; }
 __device__ __forceinline__ float2 ToFloats(__half2 x) { return __half22float2(x); }
-// One instruction each; the library's takes two for the upper.
-__device__ __forceinline__ float2 ToFloats(__nv_bfloat162 x) {
-  const uint32_t word = *reinterpret_cast<const uint32_t*>(&x);
-  return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
-}
+__device__ __forceinline__ float2 ToFloats(__nv_bfloat162 x) { return __bfloat1622float2(x); }
 template <class X>
 __device__ __forceinline__ X FromFloats(float2 x) {
   if constexpr (std::is_same_v<X, float2>) return x;
@@ -201,35 +196,11 @@ struct Tokens {
     }
     return vector;
   }
-  // The passes of a chunk to shared memory, kWords words a pass, kThreads<kHeadDim> apart.
-  // `row`: of the thread in the first pass.
   template <Tensor kTensor>
-  __device__ __forceinline__ void Copy(uint4* to, int first, const In* row) const {
-    constexpr int kWords = sizeof(Vector<In>) / sizeof(uint4);
-    constexpr int kPerWord = sizeof(uint4) / sizeof(In);
-    constexpr bool kIsWide = (kAccess & kWide) != 0;
+  __device__ __forceinline__ void Load(Vector<In> (&x)[kPasses], int first) const {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      const int token = first + RowOfPass<kTensor>(pass);
-      if constexpr (kIsWide) {
-        const bool counts = Counts(token);
-        const In* from = row + (RowOfPass<kTensor>(pass) - RowOfPass<kTensor>(0)) * stride;
-        if constexpr (kIsSorted) from = data + (counts ? Position(token) : 0) * stride + Channel();
-#pragma unroll
-        for (int i = 0; i < kWords; ++i) {
-          // In FP32 two copies share sectors: through L1.
-          ptx::CopyAsync16OrZeros<(kWords > 1)>(
-              ptx::SharedAddress(to + (pass * kWords + i) * kThreads<kHeadDim>),
-              from + i * kPerWord, counts && Channel() + i * kPerWord < head_dim);
-        }
-      } else {
-        const Vector<In> vector = Load(token);
-#pragma unroll
-        for (int i = 0; i < kWords; ++i) {
-          to[(pass * kWords + i) * kThreads<kHeadDim>] =
-              reinterpret_cast<const uint4*>(vector.pairs)[i];
-        }
-      }
+      x[pass] = Load(first + RowOfPass<kTensor>(pass));
     }
   }
 
@@ -273,64 +244,6 @@ __device__ __forceinline__ bool PartCounts(const T& tokens, int first, int count
   __syncthreads();
   return true;
 }
-
-// Chunks of tokens in shared memory.
-template <class In, int kHeadDim>
-struct Ring {
-  static constexpr int kStages = 2;
-  static constexpr int kWords = sizeof(Vector<In>) / sizeof(uint4);
-  uint4 words[kStages][kPasses][kWords][kThreads<kHeadDim>];
-};
-
-// A range of tokens, chunk after chunk, loaded ahead. A thread copies what it reads itself, and so
-// it waits for no other.
-template <Tensor kTensor, class T>
-class Stream {
-  using In = typename T::Element;
-  static constexpr int kHeadDim = T::kThreadsPerRow * kVector;
-  using RingOf = Ring<In, kHeadDim>;
-  static constexpr int kStages = RingOf::kStages;
-
- public:
-  __device__ __forceinline__ Stream(const T& tokens, RingOf& ring, int first, int end)
-      : tokens_(tokens),
-        ring_(ring),
-        copied_(first),
-        end_(end),
-        row_(tokens.data + (first + T::template RowOfPass<kTensor>(0)) * tokens.stride +
-             T::Channel()) {
-#pragma unroll
-    for (int stage = 0; stage < kStages; ++stage) CopyChunk(stage);
-  }
-  __device__ __forceinline__ void Next(Vector<In> (&x)[kPasses]) {
-    if (stage_ > 0) CopyChunk((stage_ - 1) % kStages);
-    ptx::CopyAsyncWait<kStages - 1>();
-    const int stage = stage_++ % kStages;
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-#pragma unroll
-      for (int i = 0; i < RingOf::kWords; ++i) {
-        reinterpret_cast<uint4*>(x[pass].pairs)[i] = ring_.words[stage][pass][i][threadIdx.x];
-      }
-    }
-  }
-
- private:
-  __device__ __forceinline__ void CopyChunk(int stage) {
-    if (copied_ < end_) {
-      tokens_.template Copy<kTensor>(&ring_.words[stage][0][0][threadIdx.x], copied_, row_);
-      copied_ += T::kTokens;
-      row_ += T::kTokens * tokens_.stride;
-    }
-    ptx::CopyAsyncCommit();  // also of nothing: a chunk's copies are a group's
-  }
-
-  const T& tokens_;
-  RingOf& ring_;
-  int copied_, end_;
-  const In* row_;  // the thread's, of the next chunk to copy
-  int stage_ = 0;  // of the next chunk to read, not wrapped
-};
 
 __device__ __forceinline__ void StoreFloats(float* to, const float (&x)[kVector]) {
   reinterpret_cast<float4*>(to)[0] = make_float4(x[0], x[1], x[2], x[3]);
