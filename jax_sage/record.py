@@ -136,7 +136,7 @@ def check(root: pathlib.Path) -> pathlib.Path:
 
 def run_tests(root: pathlib.Path) -> dict[str, int]:
     """Runs the tests marked gpu; counts of passed, failed (errors included) and skipped."""
-    processes = min(16, os.cpu_count() or 1)  # most of the time goes to compilation
+    processes = min(32, os.cpu_count() or 1)  # most of the time goes to compilation
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder) / "report.xml"
         command = [sys.executable, "-P", "-m", "pytest", "tests", "-m", "gpu", "--durations=10"]
