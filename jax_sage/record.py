@@ -99,7 +99,7 @@ def check(root: pathlib.Path) -> pathlib.Path:
             raise SystemExit(f"The installed {name} is another than this checkout's; reinstall.")
 
     print(jax_sage.info(), flush=True)
-    tests = run_tests(root)
+    tests = run_tests(root, len(jax.local_devices()))
     print(tests, flush=True)
     record = {
         "device": device.device_kind,
@@ -134,15 +134,18 @@ def check(root: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def run_tests(root: pathlib.Path) -> dict[str, int]:
+def run_tests(root: pathlib.Path, gpus: int) -> dict[str, int]:
     """Runs the tests marked gpu; counts of passed, failed (errors included) and skipped."""
-    processes = min(32, os.cpu_count() or 1)  # most of the time goes to compilation
+    # Most of the time goes to compilation. tests/conftest.py gives each process one of the GPUs.
+    processes = min(16 * gpus, os.cpu_count() or 1)
+    environment = {**os.environ, "JAX_SAGE_TEST_GPUS": str(gpus)}
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder) / "report.xml"
         command = [sys.executable, "-P", "-m", "pytest", "tests", "-m", "gpu", "--durations=10"]
         subprocess.run(
             [*command, "-n", str(processes), "--dist=worksteal", f"--junitxml={report}"],
             cwd=root,
+            env=environment,
             check=False,
         )
         suite = xml.etree.ElementTree.parse(report).getroot().find("testsuite")

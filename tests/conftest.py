@@ -6,6 +6,20 @@ import pytest
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
+def spread_over_gpus(environ):
+    """Processes of pytest-xdist take the GPUs by turns, if record.py says that there are more."""
+    worker = environ.get("PYTEST_XDIST_WORKER")
+    if worker is None:
+        return
+    gpus = int(environ.pop("JAX_SAGE_TEST_GPUS", "1"))  # once: not in processes of this one
+    if gpus > 1:
+        visible = environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+        environ["CUDA_VISIBLE_DEVICES"] = visible[int(worker.removeprefix("gw")) % gpus]
+
+
+spread_over_gpus(os.environ)
+
+
 @pytest.fixture(scope="class")
 def compiled_quickly():
     """Compilation takes most of the time of many tests, and LLVM's optimizations most of that.
