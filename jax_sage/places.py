@@ -6,13 +6,24 @@ import sys
 
 
 def describe(file: str, line: int, function: str) -> str:
-    """As "models/dit.py:88 (Block.attend)", and in a notebook as "cell 3, line 2 (attend)"."""
+    """As "models/dit.py:88 (Block.attend)", and what was typed as "cell 3, line 2 (attend)"."""
     number = cell(file)
+    if is_prompt(file):
+        return f"the prompt ({function})"
     if number is None:
         folder, name = os.path.split(file)
         return f"{os.path.join(os.path.basename(folder), name)}:{line} ({function})"
     suffix = "" if function == "<module>" else f" ({function})"
     return f"cell {number}, line {line}{suffix}"
+
+
+def is_prompt(file: str) -> bool:
+    """Whether it was typed at Python's own prompt, where every statement begins with line 1."""
+    return file == "<stdin>" or file.startswith("<python-input")
+
+
+def is_typed(file: str) -> bool:
+    return is_prompt(file) or cell(file) is not None
 
 
 def cell(file: str) -> str | None:

@@ -276,7 +276,7 @@ def _frames(equation: core.JaxprEqn) -> list[tuple[str, str, int, bool]]:
         file = str(frame.file_name)
         in_library = any(file.startswith(root) for root in roots)
         in_library = in_library or os.sep + "contextlib.py" in file
-        in_library = in_library or file.startswith("<") and places.cell(file) is None
+        in_library = in_library or file.startswith("<") and not places.is_typed(file)
         name = frame.function_name.rpartition(".")[2]
         result.append((file, name, int(frame.line_num), in_library))
     return result

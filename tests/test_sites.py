@@ -149,6 +149,15 @@ def test_shapes_and_advice():
     assert len(attention_sites(model, Q, k, False)) == 2
 
 
+@pytest.mark.parametrize("file", ["<stdin>", "<python-input-3>"])
+def test_functions_typed_at_the_prompt_have_a_place(file):
+    names = {"jax": jax}
+    source = "def typed(q): return jax.nn.dot_product_attention(q, q, q)"
+    exec(compile(source, file, "exec"), names)
+    (site,) = attention_sites(names["typed"], jnp.ones((1, 16, 2, 8)))
+    assert site.place == "the prompt (typed)"
+
+
 def test_as_text_and_html():
     sites = attention_sites(own, Q)
     assert "2x4x30x30" in str(sites)
