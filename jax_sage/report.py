@@ -80,7 +80,7 @@ class Report:
 
     def __str__(self) -> str:
         if not self.sites:
-            return f"{self._summary()}; none was called"
+            return f"{self._summary()}; none was traced (what was compiled before runs as it is)"
         return f"{self._summary()}\n{text_table(COLUMNS, self._rows())}"
 
     __repr__ = __str__

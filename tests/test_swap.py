@@ -771,7 +771,7 @@ def test_report_as_text_and_html():
     page = report._repr_html_()
     assert page.count("<tr>") == 3
     assert "blocks/0/attention" in page
-    assert "none was called" in str(jax_sage.Report())
+    assert "none was traced" in str(jax_sage.Report())
     awkward = functools.partial(jax_sage.report.Site, kind="<b>", query=(), key=(), value=())
     report.add(awkward(path="<i>", dtype="", mask="", recipe=None, reason="a & b"))
     assert "&lt;i&gt;" in report._repr_html_()
