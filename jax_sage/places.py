@@ -6,15 +6,18 @@ import sys
 
 
 def describe(file: str, line: int, function: str) -> str:
-    """As "models/dit.py:88 (Block.attend)", and what was typed as "cell 3, line 2 (attend)"."""
-    number = cell(file)
-    if is_prompt(file):
-        return f"the prompt ({function})"
-    if number is None:
-        folder, name = os.path.split(file)
-        return f"{os.path.join(os.path.basename(folder), name)}:{line} ({function})"
+    """As "models/dit.py:88 (Block.attend)".
+
+    What was typed is "cell 3, line 2 (attend)" in a notebook, "the prompt (attend)" elsewhere.
+    """
     suffix = "" if function == "<module>" else f" ({function})"
-    return f"cell {number}, line {line}{suffix}"
+    if is_prompt(file):
+        return f"the prompt{suffix}"
+    number = cell(file)
+    if number is not None:
+        return f"cell {number}, line {line}{suffix}"
+    folder, name = os.path.split(file)
+    return f"{os.path.join(os.path.basename(folder), name)}:{line} ({function})"
 
 
 def is_prompt(file: str) -> bool:
@@ -23,6 +26,7 @@ def is_prompt(file: str) -> bool:
 
 
 def is_typed(file: str) -> bool:
+    """Whether it was typed at a prompt or in a notebook."""
     return is_prompt(file) or cell(file) is not None
 
 

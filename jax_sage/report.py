@@ -60,7 +60,10 @@ class Report:
         self.sites.append(site)
 
     def _summary(self) -> str:
-        return f"{self.title}: {len(self.swapped)} swapped, {len(self.kept)} kept"
+        summary = f"{self.title}: {len(self.swapped)} swapped, {len(self.kept)} kept"
+        if self.sites:
+            return summary
+        return f"{summary}; none was traced (a program compiled before is not reported again)"
 
     def _rows(self) -> list[tuple[str, ...]]:
         return [
@@ -80,7 +83,7 @@ class Report:
 
     def __str__(self) -> str:
         if not self.sites:
-            return f"{self._summary()}; none was traced (what was compiled before runs as it is)"
+            return self._summary()
         return f"{self._summary()}\n{text_table(COLUMNS, self._rows())}"
 
     __repr__ = __str__

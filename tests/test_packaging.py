@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import spread_over_gpus
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL = (80, 86, 89, 90, 120)
@@ -170,6 +171,30 @@ def files_of(folder):
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "worker", "expected"),
+    [
+        ({}, "gw1", {}),
+        ({"JAX_SAGE_TEST_GPUS": "1"}, "gw1", {}),
+        ({"JAX_SAGE_TEST_GPUS": "2"}, "gw3", {"CUDA_VISIBLE_DEVICES": "1"}),
+        (
+            {"JAX_SAGE_TEST_GPUS": "2", "CUDA_VISIBLE_DEVICES": "4,6"},
+            "gw2",
+            {"CUDA_VISIBLE_DEVICES": "4"},
+        ),
+    ],
+)
+def test_processes_of_gpu_tests_take_the_gpus_by_turns(given, worker, expected):
+    environ = {**given, "PYTEST_XDIST_WORKER": worker}
+    spread_over_gpus(environ)
+    assert environ == {**expected, "PYTEST_XDIST_WORKER": worker}
+    spread_over_gpus(environ)  # a process of the process
+    assert environ == {**expected, "PYTEST_XDIST_WORKER": worker}
+    controller = dict(given)
+    spread_over_gpus(controller)
+    assert controller == given
 
 
 def test_wheel_from_sdist(tmp_path):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import jax_sage
-from jax_sage import attention_sites
+from jax_sage import attention_sites, places
 
 Q = jax.ShapeDtypeStruct((2, 30, 4, 16), jnp.float32)
 
@@ -156,6 +156,7 @@ def test_functions_typed_at_the_prompt_have_a_place(file):
     exec(compile(source, file, "exec"), names)
     (site,) = attention_sites(names["typed"], jnp.ones((1, 16, 2, 8)))
     assert site.place == "the prompt (typed)"
+    assert places.describe(file, 1, "<module>") == "the prompt"
 
 
 def test_as_text_and_html():

@@ -772,6 +772,7 @@ def test_report_as_text_and_html():
     assert page.count("<tr>") == 3
     assert "blocks/0/attention" in page
     assert "none was traced" in str(jax_sage.Report())
+    assert "none was traced" in jax_sage.Report()._repr_html_()
     awkward = functools.partial(jax_sage.report.Site, kind="<b>", query=(), key=(), value=())
     report.add(awkward(path="<i>", dtype="", mask="", recipe=None, reason="a & b"))
     assert "&lt;i&gt;" in report._repr_html_()
