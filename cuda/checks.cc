@@ -3,6 +3,7 @@
 #include <cmath>
 #include <initializer_list>
 #include <sstream>
+#include <type_traits>
 
 #include "common/layout.h"
 #include "quantize/quantize.h"
@@ -23,7 +24,8 @@ std::string ToString(const std::vector<int64_t>& dims) {
   return out.str();
 }
 
-// Collects the first thing that is wrong.
+// Collects the first thing that is wrong. What that is, a text or a function of none, is not put
+// into words before: for a short sequence words take longer than attention.
 class Checker {
  public:
   explicit Checker(const char* call) : call_(call) {}
@@ -34,18 +36,26 @@ class Checker {
   void Fail(const std::string& what) {
     if (message_.empty()) message_ = std::string("jax_sage: ") + call_ + ": " + what;
   }
-  void Require(bool condition, const std::string& what) {
-    if (!condition) Fail(what);
+  template <class What>
+  void Require(bool condition, const What& what) {
+    if (condition) return;
+    if constexpr (std::is_invocable_v<What>) {
+      Fail(what());
+    } else {
+      Fail(what);
+    }
   }
   void Count(const char* kind, size_t given, size_t expected) {
-    Require(given == expected,
-            std::to_string(given) + " " + kind + ", expected " + std::to_string(expected));
+    Require(given == expected, [&] {
+      return std::to_string(given) + " " + kind + ", expected " + std::to_string(expected);
+    });
   }
   void Is(const char* name, const Buffer& buffer, const std::string& dtype,
           const std::vector<int64_t>& dims) {
-    Require(buffer.dtype == dtype && buffer.dims == dims,
-            std::string(name) + " is " + buffer.dtype + ToString(buffer.dims) + ", expected " +
-                dtype + ToString(dims));
+    Require(buffer.dtype == dtype && buffer.dims == dims, [&] {
+      return std::string(name) + " is " + buffer.dtype + ToString(buffer.dims) + ", expected " +
+             dtype + ToString(dims);
+    });
   }
   // The same, where the dimensions may be 1 of which `flexible` has a bit; the first has bit 0.
   void IsOrOne(const char* name, const Buffer& buffer, const std::string& dtype,
@@ -65,7 +75,8 @@ class Checker {
   }
   bool Flag(const Attrs& attrs, const char* name) {
     const double value = Attribute(attrs, name);
-    Require(value == 0 || value == 1, std::string("attribute ") + name + " must be 0 or 1");
+    Require(value == 0 || value == 1,
+            [&] { return std::string("attribute ") + name + " must be 0 or 1"; });
     return value == 1;
   }
 
@@ -81,11 +92,13 @@ bool IsInput(const std::string& dtype) {
 // Reads [*B, length, heads, head_dim].
 void ReadTokens(Checker& check, const char* name, const Buffer& buffer, int64_t& batch,
                 int64_t& length, int64_t& heads, int64_t& head_dim) {
-  check.Require(IsInput(buffer.dtype),
-                std::string(name) + " is " + buffer.dtype + ", expected F16, BF16 or F32");
-  check.Require(buffer.dims.size() >= 3, std::string(name) + " has rank " +
-                                             std::to_string(buffer.dims.size()) +
-                                             ", expected at least 3");
+  check.Require(IsInput(buffer.dtype), [&] {
+    return std::string(name) + " is " + buffer.dtype + ", expected F16, BF16 or F32";
+  });
+  check.Require(buffer.dims.size() >= 3, [&] {
+    return std::string(name) + " has rank " + std::to_string(buffer.dims.size()) +
+           ", expected at least 3";
+  });
   if (!check.Ok()) return;
   const size_t lead = buffer.dims.size() - 3;
   batch = 1;
@@ -94,8 +107,9 @@ void ReadTokens(Checker& check, const char* name, const Buffer& buffer, int64_t&
   heads = buffer.dims[lead + 1];
   head_dim = buffer.dims[lead + 2];
   for (int64_t dim : buffer.dims) {
-    check.Require(dim >= 1 && dim <= kMaxLength,
-                  std::string(name) + ToString(buffer.dims) + " has a dimension out of range");
+    check.Require(dim >= 1 && dim <= kMaxLength, [&] {
+      return std::string(name) + ToString(buffer.dims) + " has a dimension out of range";
+    });
   }
 }
 
@@ -132,12 +146,14 @@ void CheckQuantized(Checker& check, const std::vector<Buffer>& b, Sizes& s) {
 }
 
 void CheckHeads(Checker& check, const Sizes& s) {
-  check.Require(s.head_dim >= 1 && s.head_dim <= kMaxHeadDim,
-                "head_dim is " + std::to_string(s.head_dim) + ", allowed: 1 to " +
-                    std::to_string(kMaxHeadDim));
-  check.Require(s.kv_heads >= 1 && s.heads % s.kv_heads == 0,
-                std::to_string(s.heads) + " query heads are not a multiple of " +
-                    std::to_string(s.kv_heads) + " key/value heads");
+  check.Require(s.head_dim >= 1 && s.head_dim <= kMaxHeadDim, [&] {
+    return "head_dim is " + std::to_string(s.head_dim) + ", allowed: 1 to " +
+           std::to_string(kMaxHeadDim);
+  });
+  check.Require(s.kv_heads >= 1 && s.heads % s.kv_heads == 0, [&] {
+    return std::to_string(s.heads) + " query heads are not a multiple of " +
+           std::to_string(s.kv_heads) + " key/value heads";
+  });
 }
 
 }  // namespace
@@ -159,8 +175,9 @@ std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buf
   int64_t head_dim = 0;
   ReadTokens(check, "key", args[1], batch, s.length_kv, s.kv_heads, head_dim);
   if (!check.Ok()) return check.message();
-  check.Require(batch == s.batch && head_dim == s.head_dim,
-                "key " + ToString(args[1].dims) + " does not fit query " + ToString(args[0].dims));
+  check.Require(batch == s.batch && head_dim == s.head_dim, [&] {
+    return "key " + ToString(args[1].dims) + " does not fit query " + ToString(args[0].dims);
+  });
   check.Is("key", args[1], args[0].dtype, args[1].dims);
   check.Is("value", args[2], args[1].dtype, args[1].dims);
   CheckHeads(check, s);
@@ -181,7 +198,7 @@ std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buf
   const Buffer& partials = results[9];
   const size_t lead = segments ? 3 : 2;
   check.Require(partials.dims.size() == lead + 3,
-                "partials must have rank " + std::to_string(lead + 3));
+                [&] { return "partials must have rank " + std::to_string(lead + 3); });
   if (!check.Ok()) return check.message();
   s.parts = partials.dims[lead];
   const int64_t hp = s.padded_head_dim;
@@ -197,9 +214,10 @@ std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buf
     check.Is("partials", partials, "F32", {s.batch, s.kv_heads, s.parts, kPartialRows, hp});
     check.Is("arrivals", results[10], "S32", {s.batch, s.kv_heads, 2});
   }
-  check.Require(s.parts >= 1 && s.parts <= s.length_kv,
-                "partials cuts " + std::to_string(s.length_kv) + " keys into " +
-                    std::to_string(s.parts) + " parts");
+  check.Require(s.parts >= 1 && s.parts <= s.length_kv, [&] {
+    return "partials cuts " + std::to_string(s.length_kv) + " keys into " +
+           std::to_string(s.parts) + " parts";
+  });
   check.Require(std::isfinite(check.Attribute(attrs, "scale_log2")),
                 "attribute scale_log2 is not finite");
   check.Flag(attrs, "smooth_k");
@@ -240,7 +258,8 @@ void CheckMasks(Checker& check, const std::vector<Buffer>& args, const Buffer& o
   }
   if (kinds.bias) {
     const Buffer& bias = args[next];
-    check.Require(IsInput(bias.dtype), "bias is " + bias.dtype + ", expected F16, BF16 or F32");
+    check.Require(IsInput(bias.dtype),
+                  [&] { return "bias is " + bias.dtype + ", expected F16, BF16 or F32"; });
     // Two columns stand for all.
     const bool is_column = bias.dims.size() == 4 && bias.dims[3] == 2;
     check.IsOrOne("bias", bias, bias.dtype,
@@ -302,11 +321,12 @@ std::string CheckPackMask(const std::vector<Buffer>& args, const std::vector<Buf
   check.Count("results", results.size(), 2);
   if (!check.Ok()) return check.message();
   const std::vector<int64_t>& dims = args[0].dims;
-  check.Require(args[0].dtype == "PRED" && dims.size() == 4,
-                "mask is " + args[0].dtype + ToString(dims) + ", expected PRED of rank 4");
+  check.Require(args[0].dtype == "PRED" && dims.size() == 4, [&] {
+    return "mask is " + args[0].dtype + ToString(dims) + ", expected PRED of rank 4";
+  });
   for (int64_t dim : dims) {
     check.Require(dim >= 1 && dim <= kMaxLength,
-                  "mask" + ToString(dims) + " has a dimension out of range");
+                  [&] { return "mask" + ToString(dims) + " has a dimension out of range"; });
   }
   if (!check.Ok()) return check.message();
   PackSizes s;
@@ -318,8 +338,8 @@ std::string CheckPackMask(const std::vector<Buffer>& args, const std::vector<Buf
   const bool one = s.length_q == 1 && results[0].dims.size() == 5 && results[0].dims[3] == 1;
   s.padded_q = one ? 1 : RoundUp(s.length_q, kBlockQ);
   check.Is("words", results[0], "U32", {dims[0], dims[1], tiles, s.padded_q, 4});
-  check.Is("views", results[1], "U8", {dims[0], dims[1], RoundUp(s.padded_q, kMaskRows) / kMaskRows,
-                                       tiles});
+  check.Is("views", results[1], "U8",
+           {dims[0], dims[1], RoundUp(s.padded_q, kMaskRows) / kMaskRows, tiles});
   if (check.Ok() && sizes != nullptr) *sizes = s;
   return check.message();
 }

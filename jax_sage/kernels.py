@@ -47,7 +47,7 @@ def why_unavailable(recipe: Recipe) -> str | None:
     if _cuda is None:
         reason = (
             "jax_sage was built without CUDA. Reinstall it with JAX_SAGE_CUDA=on in the "
-            "environment (pip install --force-reinstall --no-deps)."
+            "environment (pip install --force-reinstall --no-deps /path/to/jax_sage)."
         )
         if (_FOLDER.parent / "CMakeLists.txt").exists():
             reason += (

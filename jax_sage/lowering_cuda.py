@@ -23,10 +23,11 @@ from jax_sage.recipe import BLOCK_KV, Recipe
 
 BLOCK_Q = 128
 CAUSAL = Band(right=0)
-# The sequence is cut into parts of this many tokens for the channel statistics: enough of them to
-# fill a GPU with one head, but no more than one CTA can put together in no time.
-_STATISTICS_TOKENS = 512
-_MAX_PARTS = 256
+# For the channel statistics K and V of each head are cut into parts of so many numbers (a few CTAs
+# on each SM), unless there are more than one CTA puts together in no time; with few heads there
+# may be, to fill a GPU.
+_NUMBERS_OF_PART = 32768
+_FEW_PARTS, _MANY_PARTS, _ENOUGH_PARTS = 64, 256, 1024
 
 
 def attention(
@@ -183,7 +184,7 @@ def quantize(
     length_q, heads, head_dim = query.shape[-3:]
     length_kv, kv_heads = key.shape[-3:-1]
     hp, tp, sp = _padded(head_dim, length_q, length_kv)
-    parts = min(-(-length_kv // _STATISTICS_TOKENS), _MAX_PARTS)
+    parts = _parts(length_kv, hp, 2 * batch * kv_heads)
 
     def array(dtype: object, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -222,8 +223,8 @@ def quantize(
         )
     else:
         quantized += (
-            # Mean of K; mean of V, the same in bfloat16; scale of V; how its codes are made (2).
-            array(jnp.float32, batch, kv_heads, 6, hp),  # channels
+            # Mean of K; mean of V, the same in bfloat16; scale of V; its inverse.
+            array(jnp.float32, batch, kv_heads, 5, hp),  # channels
             first_bad,
             code_sum(hp, 2),  # value_code_sum
         )
@@ -244,6 +245,12 @@ def quantize(
         segments=np.int64(len(segments) > 0),
     )
     return tuple(results[: len(quantized)])
+
+
+def _parts(length_kv: int, hp: int, units: int) -> int:
+    """Of each unit: K or V of a head."""
+    most = min(max(_FEW_PARTS, _ENOUGH_PARTS // units), _MANY_PARTS)
+    return min(-(-length_kv * hp // _NUMBERS_OF_PART), most)
 
 
 def _padded(head_dim: int, length_q: int, length_kv: int) -> tuple[int, int, int]:

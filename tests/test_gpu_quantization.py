@@ -46,9 +46,7 @@ def kernel_codes(q, k, v, recipe, seen=None):
         assert not codes[..., head_dim:].any()
     padded_kv = -(-length_kv // BLOCK_KV) * BLOCK_KV
     assert raw["k"].shape[-2] == values.shape[-2] == padded_kv
-    k_mean, v_average, v_mean, v_scale, v_down, v_inverse = np.moveaxis(
-        raw["channels"][..., :head_dim], -2, 0
-    )
+    k_mean, v_average, v_mean, v_scale, _ = np.moveaxis(raw["channels"][..., :head_dim], -2, 0)
     low, high = np.moveaxis(raw["value_code_sum"][..., :head_dim, :].astype(np.uint64), -1, 0)
     return {
         "q": raw["q"][..., :length_q, :head_dim],
@@ -58,8 +56,6 @@ def kernel_codes(q, k, v, recipe, seen=None):
         "k_scale": raw["k_scale"],
         "v": values[..., :head_dim],
         "v_scale": v_scale,
-        "v_down": v_down,
-        "v_inverse": v_inverse,
         "k_mean": k_mean,
         "v_average": v_average,
         "v_mean": v_mean,

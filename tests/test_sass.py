@@ -134,8 +134,9 @@ def test_quantization_of_segments_keeps_to_registers(arch, tmp_path):
     # Slots, two steps for each head dimension, and two for each dtype too, aligned or not.
     assert len(used) == 1 + 2 * 3 + 2 * 2 * 3 * 3
     for name, memory in used.items():
-        # CTAs of 512 threads have 128 registers a thread at most.
-        assert sum(memory) <= (32 if "ILi256E" in name or "Li256E" in name else 0), name
+        # A few more registers would cost a third of the CTAs that fit on an SM (of 512 threads
+        # there is one anyway, with 128 registers a thread at most).
+        assert sum(memory) <= 32, name
 
 
 def matrix_range(instructions):

@@ -183,7 +183,12 @@ __device__ __forceinline__ void FinishRows(const AttentionParams& params,
       other_slots = __any_sync(0xffffffffu, slot[0] != table.slot || slot[1] != table.slot);
     }
   }
-  int first_bad = kNever;
+  int first_bad = kNever;  // of all channels
+  if constexpr (!kMasked) {
+#pragma unroll
+    for (int c = lane; c < kHeadDim; c += 32) first_bad = min(first_bad, table.first_bad[c]);
+    first_bad = __reduce_min_sync(0xffffffffu, first_bad);
+  }
   if (kMasked && other_slots) {
     const int head = static_cast<int>(table.query_row / params.padded_q);
     const int64_t kv_head = head / (params.heads / params.kv_heads);
@@ -211,10 +216,6 @@ __device__ __forceinline__ void FinishRows(const AttentionParams& params,
       const int channel = kFirst + 8 * n + 2 * (lane & 3);
       const float2 scale = *reinterpret_cast<const float2*>(&table.scale[channel]);
       const float2 offset = *reinterpret_cast<const float2*>(&table.offset[channel]);
-      if constexpr (!kMasked) {
-        const int2 bad = *reinterpret_cast<const int2*>(&table.first_bad[channel]);
-        first_bad = min(first_bad, min(bad.x, bad.y));
-      }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float& x = o[n][2 * half];

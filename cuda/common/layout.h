@@ -12,7 +12,7 @@ constexpr int kBlockKv =
     64;  // keys whose scales are computed together; also the key tile of mma.sync
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxHeadDimMma = 128;  // of the kernels on mma.sync
-constexpr int kKeyScales = 4;  // per block of keys: one for the keys = {2j, 2j+1} mod 8
+constexpr int kKeyScales = 4;        // per block of keys: one for the keys = {2j, 2j+1} mod 8
 
 constexpr int kLog2PMaxInt = 6;
 constexpr float kLog2PMax = kLog2PMaxInt;
@@ -22,7 +22,6 @@ constexpr float kScoreMax = 0x1p24f;  // base 2; a row with a larger maximum giv
 constexpr float kInt8Max = 127.0f;
 constexpr float kAbsmaxFloor = 0x1p-100f;
 constexpr float kMeanMax = 0x1p100f;
-constexpr float kDownscale = 0x1p-16f;
 constexpr int32_t kNever = 0x7fffffff;
 
 // Codes of V are summed as integers in units of the smallest FP16 number: the sum does not depend
@@ -41,9 +40,8 @@ enum ChannelRow : int {
   kValueAverage = 1,  // mean of V; 0 where V is not smoothed
   kValueMean = 2,     // subtracted from V: the average rounded to bfloat16
   kValueScale = 3,
-  kValueDown = 4,     // 1, or kDownscale in channels of V beyond 1
-  kValueInverse = 5,  // codes are (V - mean) * down * inverse
-  kChannelRows = 6,
+  kValueInverse = 4,  // codes are (V - mean) * inverse
+  kChannelRows = 5,
 };
 
 // Rows of the `channels` buffer with segments, [B, K, S, kSlotRows, Hp]. A segment's slot is the

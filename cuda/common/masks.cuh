@@ -104,9 +104,10 @@ struct Everything {
   static constexpr bool kMasked = false, kBits = false;
   __device__ __forceinline__ bool operator()(int, int) const { return true; }
   __device__ __forceinline__ Everything Opaque(int) const { return {}; }
-  template <int kTile>
-  __device__ __forceinline__ int Count(int) const {  // keys of the row
-    return kTile;
+  // Keys of the row, in columns kFrom to kTo - 1.
+  template <int kFrom, int kTo>
+  __device__ __forceinline__ int Count(int) const {
+    return kTo - kFrom;
   }
 };
 struct KeysBelow {
@@ -118,9 +119,10 @@ struct KeysBelow {
   __device__ __forceinline__ KeysBelow Opaque(int zero) const {
     return {{end[0] + zero, end[1] + zero}};
   }
-  template <int kTile>
+  template <int kFrom, int kTo>
   __device__ __forceinline__ int Count(int half) const {
-    return ::min(end[half] + 2 * static_cast<int>(threadIdx.x & 3), kTile);
+    const int all = end[half] + 2 * static_cast<int>(threadIdx.x & 3);
+    return ::max(::min(all, kTo) - kFrom, 0);
   }
 };
 template <int kKeys>
@@ -138,8 +140,9 @@ struct SeenKeys {
   __device__ __forceinline__ SeenKeys Opaque(int zero) const {
     return {{bits[0] + zero, bits[1] + zero}};
   }
-  template <int kTile>
+  template <int kFrom, int kTo>
   __device__ __forceinline__ int Count(int half) const {
+    static_assert(kFrom == 0 && kTo == kKeys);
     int count = __popc(bits[half] & (0xff00u >> (kKeys / 16) & 0xff) * 0x01010101u);
     count += __shfl_xor_sync(0xffffffffu, count, 1);
     return count + __shfl_xor_sync(0xffffffffu, count, 2);

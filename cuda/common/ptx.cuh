@@ -15,6 +15,27 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
 __device__ __forceinline__ void CopyAsync16(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(shared), "l"(global));
 }
+// What L2 is to do with what is read: keep it as ever, or let it leave first.
+__device__ __forceinline__ uint64_t CachePolicy(bool leaves_first) {
+  uint64_t normal, first;
+  asm("createpolicy.fractional.L2::evict_unchanged.b64 %0;" : "=l"(normal));
+  asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(first));
+  return leaves_first ? first : normal;
+}
+// The same, or zeros where nothing is given: then nothing is read.
+template <bool kThroughL1>
+__device__ __forceinline__ void CopyAsync16OrZeros(uint32_t shared, const void* global,
+                                                   bool is_given, uint64_t policy) {
+  if constexpr (kThroughL1) {
+    asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;\n" ::"r"(shared),
+                 "l"(global), "r"(is_given ? 16 : 0), "l"(policy)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;\n" ::"r"(shared),
+                 "l"(global), "r"(is_given ? 16 : 0), "l"(policy)
+                 : "memory");
+  }
+}
 __device__ __forceinline__ void CopyAsyncCommit() { asm volatile("cp.async.commit_group;\n"); }
 template <int kPending>
 __device__ __forceinline__ void CopyAsyncWait() {

@@ -1,4 +1,4 @@
-// Codes and scales of Q, K and V. The first tokens are loaded before the wait for the statistics.
+// Codes and scales of Q, K and V, of streams that were started before the wait for the statistics.
 #pragma once
 
 #include <cuda_fp8.h>
@@ -11,6 +11,12 @@
 #include "quantize/tokens.cuh"
 
 namespace jax_sage::quantize {
+
+// Stores codes so that they leave L2 first: K and V are to stay there.
+template <class X>
+__device__ __forceinline__ void StoreCodes(void* to, const X& codes) {
+  __stcs(static_cast<X*>(to), codes);
+}
 
 // Codes of x * inverse, at most 127 in magnitude. Adding 1.5 * 2^23 rounds to an integer, to
 // nearest even, in the lowest bits: a byte permutation is cheaper than conversions.
@@ -68,12 +74,17 @@ __device__ __forceinline__ int LargestBits(const Vector<float>& vector) {
   for (const float2& pair : vector.pairs) largest = max(largest, LargestBits(pair));
   return largest;
 }
+// Without their signs, numbers of 16 bits are in the order of their bits.
 template <class In>
 __device__ __forceinline__ int LargestBits(const Vector<In>& vector) {
-  Pair<In> largest = __habs2(vector.pairs[0]);
+  static_assert(kVector == 8);
+  uint32_t x[kVector / 2];
 #pragma unroll
-  for (int i = 1; i < kVector / 2; ++i) largest = __hmax2_nan(largest, __habs2(vector.pairs[i]));
-  return LargestBits(ToFloats(largest));
+  for (int i = 0; i < kVector / 2; ++i) {
+    x[i] = *reinterpret_cast<const uint32_t*>(&vector.pairs[i]) & 0x7fff7fffu;
+  }
+  const uint32_t largest = __vmaxu2(__vimax3_u16x2(x[0], x[1], x[2]), x[3]);
+  return LargestBits(ToFloats(*reinterpret_cast<const Pair<In>*>(&largest)));
 }
 
 // K's means of the tokens of a chunk: one of all.
@@ -101,17 +112,13 @@ __device__ __forceinline__ SlotMeans<T, kTensor> MeansOf(const SegmentedParams& 
   return {params, kv_head};
 }
 
-// A chunk of the rows of Q: codes, scales, and q·k̄ for lse.
-template <class In, int kAccess, int kHeadDim, class Params>
-__device__ __forceinline__ void MakeQueryCodes(const Params& params, int head, int first) {
-  using T = Tokens<In, kAccess, kHeadDim>;
+// A chunk of Q: codes, scales, and q·k̄ for lse.
+template <class T, class Means>
+__device__ __forceinline__ void QueryCodesOfChunk(const QuantizeParams& params, int head, int first,
+                                                  Vector<typename T::Element> (&x)[kPasses],
+                                                  Means& means) {
+  constexpr int kHeadDim = T::kThreadsPerRow * kVector;
   constexpr int kInfBits = 0x7f800000;
-  const T tokens(params.query, head, params.heads, params.length_q, params.head_dim, nullptr);
-  Vector<In> x[kPasses];
-  tokens.template Load<kQuery>(x, first);
-  const int kv_head = head / (params.heads / params.kv_heads);
-  auto means = MeansOf<T, kQuery>(params, kv_head);
-  means.Next(first);
   float dots[kPasses];
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
@@ -141,25 +148,48 @@ __device__ __forceinline__ void MakeQueryCodes(const Params& params, int head, i
   const float absmax = fmaxf(__int_as_float(largest), kAbsmaxFloor);
   const float inverse = __fdiv_rn(copysignf(kInt8Max, params.scale_log2), absmax);
 
+  static_assert(kBlockQ % T::kTokens == 0);  // no chunk reaches past the end
   const int64_t first_index = head * static_cast<int64_t>(params.padded_q) + first;
+  int8_t* out = params.q + (first_index + T::Row()) * kHeadDim + T::Channel();
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
     const float inverse_of_pass =
         __shfl_sync(kAllLanes, inverse, pass * (T::kThreadsPerRow / kPasses), T::kThreadsPerRow);
-    const int row = T::template RowOfPass<kQuery>(pass);
-    if (first + row >= params.padded_q) continue;
     float values[kVector];
     ToFloats(values, x[pass]);
-    *reinterpret_cast<uint2*>(params.q + (first_index + row) * kHeadDim + T::Channel()) =
-        make_uint2(PackInt8(values[0], values[1], values[2], values[3], inverse_of_pass),
-                   PackInt8(values[4], values[5], values[6], values[7], inverse_of_pass));
+    StoreCodes(out + pass * T::kRows * kHeadDim,
+               make_uint2(PackInt8(values[0], values[1], values[2], values[3], inverse_of_pass),
+                          PackInt8(values[4], values[5], values[6], values[7], inverse_of_pass)));
   }
   const int row = T::template RowOfPass<kQuery>(PassOfThread<T::kThreadsPerRow>());
-  if (first + row < params.padded_q && threadIdx.x % (T::kThreadsPerRow / kPasses) == 0) {
+  if (threadIdx.x % (T::kThreadsPerRow / kPasses) == 0) {
     float scale = absmax * params.q_scale_factor;
-    if constexpr (decltype(means)::kBySlot) scale *= means.SizeOf(first + row);
+    if constexpr (Means::kBySlot) scale *= means.SizeOf(first + row);
     params.q_scale[first_index + row] = bad ? kNan : scale;
     params.q_dot_mean[first_index + row] = dot * params.scale_log2;
+  }
+}
+
+template <class In, int kHeadDim>
+constexpr int kQueriesOfItem = 4 * Tokens<In, 0, kHeadDim>::kTokens;
+
+template <class In, int kAccess, int kHeadDim, class Params>
+__device__ __forceinline__ void MakeQueryCodes(const Params& params, Ring<In, kHeadDim>& ring,
+                                               int item) {
+  using T = Tokens<In, kAccess, kHeadDim>;
+  constexpr int kQueries = kQueriesOfItem<In, kHeadDim>;
+  const int items_of_head = (params.padded_q + kQueries - 1) / kQueries;
+  const int head = item / items_of_head, begin = item % items_of_head * kQueries;
+  const int end = min(begin + kQueries, params.padded_q);
+  const T tokens(params.query, head, params.heads, params.length_q, params.head_dim, nullptr);
+  Stream<kQuery, T> stream(tokens, ring, begin, end, true);
+  auto means = MeansOf<T, kQuery>(params, head / (params.heads / params.kv_heads));
+#pragma unroll 1
+  for (int first = begin; first < end; first += T::kTokens) {
+    Vector<In> x[kPasses];
+    stream.Next(x);
+    means.Next(first);
+    QueryCodesOfChunk<T>(params, head, first, x, means);
   }
 }
 
@@ -181,6 +211,7 @@ __device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params, co
   constexpr int kPassesPerBlock = kBlockKv / T::kRows;
   constexpr int kRowsOfWarp = shared.kRowsOfWarp;
   const int pair = T::Row() / 2, scale_class = pair % kKeyScales;
+  float values[kPasses][kVector];  // without their means
 #pragma unroll
   for (int block = 0; block < shared.kBlocks; ++block) {
     float absmax = 0;
@@ -188,15 +219,18 @@ __device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params, co
     for (int i = 0; i < kPassesPerBlock; ++i) {
       const int pass = block * kPassesPerBlock + i;
       means.Select(pass);
-      float values[kVector], row_absmax = 0;
-      ToFloats(values, x[pass]);
+      ToFloats(values[pass], x[pass]);
+      const bool counts = tokens.Counts(first + T::template RowOfPass<kKey>(pass));
+      float row_absmax = 0;
 #pragma unroll
       for (int c = 0; c < kVector; ++c) {
-        row_absmax = fmaxf(row_absmax, fabsf(means.Center(values[c], c)));
+        float& value = values[pass][c];
+        value = means.Center(value, c);
+        // By the size of a segment that it does not count in it may have become infinite.
+        if (Means::kBySlot && !counts) value = 0;
+        row_absmax = fmaxf(row_absmax, fabsf(value));
       }
-      if (tokens.Counts(first + T::template RowOfPass<kKey>(pass))) {
-        absmax = fmaxf(absmax, row_absmax);
-      }
+      if (counts) absmax = fmaxf(absmax, row_absmax);
     }
     absmax = MaxAcross<kRowsOfWarp * T::kThreadsPerRow>(absmax);
     if (threadIdx.x % (kRowsOfWarp * T::kThreadsPerRow) == 0) {
@@ -204,10 +238,11 @@ __device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params, co
     }
   }
   __syncthreads();
+  const int64_t first_index = head * static_cast<int64_t>(params.padded_kv) + first;
+  int8_t* out = params.k + (first_index + T::Row()) * kHeadDim + T::Channel();
 #pragma unroll
   for (int block = 0; block < shared.kBlocks; ++block) {
-    const int first_of_block = first + block * kBlockKv;
-    if (first_of_block >= params.padded_kv) break;
+    if (first + block * kBlockKv >= params.padded_kv) break;
     float absmax = kAbsmaxFloor;
 #pragma unroll
     for (int row = 0; row < shared.kRows; row += 2 * kKeyScales) {
@@ -220,26 +255,16 @@ __device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params, co
 #pragma unroll
     for (int i = 0; i < kPassesPerBlock; ++i) {
       const int pass = block * kPassesPerBlock + i;
-      const int row = first + T::template RowOfPass<kKey>(pass);
-      const bool counts = tokens.Counts(row);
+      const bool counts = tokens.Counts(first + T::template RowOfPass<kKey>(pass));
       const float row_inverse = counts ? inverse : 0;
-      means.Select(pass);
-      float values[kVector];
-      ToFloats(values, x[pass]);
-#pragma unroll
-      for (int c = 0; c < kVector; ++c) {
-        values[c] = means.Center(values[c], c);
-        // By the size of a segment that it does not count in it may have become infinite.
-        if (Means::kBySlot && !counts) values[c] = 0;
-      }
-      const int64_t index = head * static_cast<int64_t>(params.padded_kv) + row;
-      *reinterpret_cast<uint2*>(params.k + index * kHeadDim + T::Channel()) =
-          make_uint2(PackInt8(values[0], values[1], values[2], values[3], row_inverse),
-                     PackInt8(values[4], values[5], values[6], values[7], row_inverse));
+      const float (&v)[kVector] = values[pass];
+      StoreCodes(out + pass * T::kRows * kHeadDim,
+                 make_uint2(PackInt8(v[0], v[1], v[2], v[3], row_inverse),
+                            PackInt8(v[4], v[5], v[6], v[7], row_inverse)));
     }
     if (T::Channel() == 0 && T::Row() % 2 == 0 && pair < kKeyScales) {
-      const int64_t index = (head * static_cast<int64_t>(params.padded_kv) + first_of_block);
-      params.k_scale[index / kBlockKv * kKeyScales + scale_class] = absmax * (1.0f / kInt8Max);
+      params.k_scale[(first_index / kBlockKv + block) * kKeyScales + scale_class] =
+          absmax * (1.0f / kInt8Max);
     }
   }
 }
@@ -263,45 +288,36 @@ __device__ __forceinline__ void ZeroKeyCodes(const QuantizeParams& params, int h
   }
 }
 
-template <class In, int kAccess, int kHeadDim, class Params>
-__device__ __forceinline__ void MakeKeyCodes(const Params& params, const Plan& plan,
-                                             SharedKey<kHeadDim>& shared, int head, int part) {
-  using T = Tokens<In, kAccess, kHeadDim>;
-  const int64_t begin = static_cast<int64_t>(part) * plan.tokens_per_part;
-  const int64_t end = min(begin + plan.tokens_per_part, static_cast<int64_t>(params.padded_kv));
-  if (begin >= end) return;
-  const T tokens(params.key, head, params.kv_heads, params.length_kv, params.head_dim,
-                 SeenBy(params, head));
-  int first = static_cast<int>(begin);
-  bool counts = !T::kHasUnseen || ChunkCounts<kKey>(tokens, first);  // a key of the chunk does
-  Vector<In> x[kPasses];
-  tokens.template Load<kKey>(x, first);
+// Of a stream of the tokens `begin` to `end` - 1.
+template <class T, class Params, int kHeadDim>
+__device__ __forceinline__ void MakeKeyCodes(const Params& params, SharedKey<kHeadDim>& shared,
+                                             const T& tokens, Stream<kKey, T>& stream, int head,
+                                             int begin, int end) {
   auto means = MeansOf<T, kKey>(params, head);
   const bool is_bad = __ldcg(params.first_bad + head * static_cast<int64_t>(kBadRows * kHeadDim) +
                              kBadKey * kHeadDim) != kNever;
 #pragma unroll 1
-  while (true) {
-    if (counts) {
+  for (int first = begin; first < end; first += T::kTokens) {
+    Vector<typename T::Element> x[kPasses];
+    stream.Next(x);
+    if (ChunkCounts<kKey>(tokens, first)) {  // and all have read `shared`
       if (is_bad) MakeFinite(x);
       means.Next(first);
       KeyCodesOfChunk<T>(params, tokens, shared, head, first, x, means);
     } else {
-      ZeroKeyCodes<kHeadDim>(params, head, first, min(static_cast<int>(end) - first, T::kTokens));
+      ZeroKeyCodes<kHeadDim>(params, head, first, min(end - first, T::kTokens));
     }
-    if (end - first <= T::kTokens) return;
-    first += T::kTokens;
-    tokens.template Load<kKey>(x, first);
-    counts = ChunkCounts<kKey>(tokens, first);  // all have read `shared`
   }
 }
 
 template <int kHeadDim>
 struct SharedValue {
   static constexpr int kQuads = kThreads<kHeadDim> * kVector / kHeadDim;  // one a row of threads
-  alignas(16) uint32_t transposed[(kHeadDim + 1) * kQuads];
-  int2 sums[kWarps<kHeadDim>][kHeadDim / 2];
+  union {
+    alignas(16) uint32_t transposed[(kHeadDim + 1) * kQuads];  // FP8
+    int2 sums[kWarps<kHeadDim>][kHeadDim / 2];                 // FP16
+  };
   float2 mean[kHeadDim / 2];
-  float2 down[kHeadDim / 2];
   float2 inverse[kHeadDim / 2];
 };
 
@@ -316,17 +332,43 @@ __device__ __forceinline__ int WordOf(int channel) {
   return channel * T::kRows + (T::Row() ^ T::Channel() / kVector * kExchange<T>);
 }
 
-// The codes of a chunk of V in FP8.
-template <class T, int kHeadDim>
+// Where codes are stored a thread has two channels, and a group of threads the same.
+constexpr int kChannelsOfStore = kVector / 4;
+template <int kHeadDim>
+constexpr int kThreadsOfChannel = SharedValue<kHeadDim>::kQuads / 4;
+template <int kHeadDim>
+__device__ __forceinline__ int ChannelOfStore(int i) {
+  return (i * kThreads<kHeadDim> + threadIdx.x) / kThreadsOfChannel<kHeadDim>;
+}
+
+// 1 / kCodeUnit times the sum of sixteen E4M3 codes up to kVMax: multiples of 2^-9.
+__device__ __forceinline__ int SumOfCodes(const uint4& words) {
+  const auto sum = [](uint32_t word) {
+    const auto halves = [](uint32_t pair) {
+      return __half2(
+          __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3));
+    };
+    // The sum of two is exact in FP16, of more in FP32.
+    const float2 x = __half22float2(__hadd2(halves(word & 0xffff), halves(word >> 16)));
+    return x.x + x.y;
+  };
+  const float sum_of_all = (sum(words.x) + sum(words.y)) + (sum(words.z) + sum(words.w));
+  return __float2int_rn(sum_of_all * (1 / kCodeUnit));
+}
+
+// The codes of a chunk of V in FP8. Calls add(i, sum) for a thread's sixteen codes of the channel
+// ChannelOfStore(i).
+template <class T, int kHeadDim, class Add>
 __device__ __forceinline__ void StoreTransposed(const QuantizeParams& params,
                                                 const SharedValue<kHeadDim>& shared, int head,
-                                                int first) {
+                                                int first, Add add) {
   constexpr int kQuads = SharedValue<kHeadDim>::kQuads;
   uint8_t* out = static_cast<uint8_t*>(params.v) +
                  head * static_cast<int64_t>(kHeadDim) * params.padded_kv + first;
+  const int sixteen = threadIdx.x % kThreadsOfChannel<kHeadDim>;
 #pragma unroll
-  for (int i = threadIdx.x; i < kHeadDim * (kQuads / 4); i += kThreads<kHeadDim>) {
-    const int row = i / (kQuads / 4), sixteen = i % (kQuads / 4);
+  for (int i = 0; i < kChannelsOfStore; ++i) {
+    const int row = ChannelOfStore<kHeadDim>(i);
     const int row_exchange = row / kVector * kExchange<T>;
     uint4 words = *reinterpret_cast<const uint4*>(
         &shared.transposed[row * kQuads + (4 * sixteen ^ (row_exchange & ~3))]);
@@ -335,31 +377,60 @@ __device__ __forceinline__ void StoreTransposed(const QuantizeParams& params,
     if (kExchange<T> % 2 != 0 && row_exchange & 1) {
       words = make_uint4(words.y, words.x, words.w, words.z);
     }
+    add(i, SumOfCodes(words));
     if (first + 16 * sixteen < params.padded_kv) {
-      *reinterpret_cast<uint4*>(out + row * static_cast<int64_t>(params.padded_kv) + 16 * sixteen) =
-          words;
+      StoreCodes(out + row * static_cast<int64_t>(params.padded_kv) + 16 * sixteen, words);
     }
   }
 }
 
-// A chunk of V: codes, and of channel threadIdx.x their sum. Synchronizes once.
+// The sums of the codes that a thread has seen, of one of its channels each.
+template <bool kFp8, int kHeadDim>
+class CodeSums {
+ public:
+  __device__ __forceinline__ void Add(int i, int sum) { sums_[i] += sum; }
+  // Calls add(channel, sum) for all of the CTA, and begins again.
+  template <class AddTo>
+  __device__ __forceinline__ void Flush(AddTo add) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      long long sum = sums_[i];
+      sums_[i] = 0;
+      if constexpr (kFp8) {
+        constexpr int kGroup = kThreadsOfChannel<kHeadDim>;
+#pragma unroll
+        for (int offset = 1; offset < kGroup; offset *= 2) {
+          sum += __shfl_xor_sync(kAllLanes, sum, offset);
+        }
+        if (threadIdx.x % kGroup == 0) add(ChannelOfStore<kHeadDim>(i), sum);
+      } else if (threadIdx.x < kHeadDim) {
+        add(threadIdx.x, sum);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kCount = kFp8 ? kChannelsOfStore : 1;
+  long long sums_[kCount] = {};
+};
+
+// A chunk of V: codes and their sums. Synchronizes once.
 template <bool kFp8, class T, int kHeadDim>
-__device__ __forceinline__ long long ValueCodesOfChunk(
-    const QuantizeParams& params, const T& tokens, SharedValue<kHeadDim>& shared, int head,
-    int first, const Vector<typename T::Element> (&x)[kPasses]) {
+__device__ __forceinline__ void ValueCodesOfChunk(const QuantizeParams& params, const T& tokens,
+                                                  SharedValue<kHeadDim>& shared, int head,
+                                                  int first,
+                                                  const Vector<typename T::Element> (&x)[kPasses],
+                                                  CodeSums<kFp8, kHeadDim>& sums) {
   const int channel = T::Channel(), lane = threadIdx.x % 32;
   alignas(16) __half2 halves[kPasses][kVector / 2];
 #pragma unroll
   for (int i = 0; i < kVector / 2; ++i) {
     const int pair = channel / 2 + i;
-    const float2 mean = shared.mean[pair], down = shared.down[pair];
-    const float2 inverse = shared.inverse[pair];
+    const float2 mean = shared.mean[pair], inverse = shared.inverse[pair];
     const auto scaled = [&](int pass) {
       const float2 value = ToFloats(x[pass].pairs[i]);
-      return make_float2((value.x - mean.x) * down.x * inverse.x,
-                         (value.y - mean.y) * down.y * inverse.y);
+      return make_float2((value.x - mean.x) * inverse.x, (value.y - mean.y) * inverse.y);
     };
-    int2 sum = make_int2(0, 0);  // with other threads', of 16 codes up to 1.875 * 2^24: fits
     if constexpr (kFp8) {
       uint32_t is_key = 0;  // bytes of keys that exist
 #pragma unroll
@@ -371,13 +442,11 @@ __device__ __forceinline__ long long ValueCodesOfChunk(
         __nv_fp8x4_e4m3 codes(values);
         codes.__x &= is_key;
         shared.transposed[WordOf<T>(c)] = codes.__x;
-        const float4 rounded = static_cast<float4>(codes);
-        // Multiples of 2^-9 up to 7.5: exact.
-        return __float2int_rn((rounded.x + rounded.y + rounded.z + rounded.w) * (1 / kCodeUnit));
       };
-      sum.x = put(2 * pair, make_float4(x0.x, x1.x, x2.x, x3.x));
-      sum.y = put(2 * pair + 1, make_float4(x0.y, x1.y, x2.y, x3.y));
+      put(2 * pair, make_float4(x0.x, x1.x, x2.x, x3.x));
+      put(2 * pair + 1, make_float4(x0.y, x1.y, x2.y, x3.y));
     } else {
+      int2 sum = make_int2(0, 0);  // with other threads', of 16 codes up to 1.875 * 2^24: fits
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
         const bool is_key = tokens.Counts(first + T::template RowOfPass<kValue>(pass));
@@ -387,13 +456,13 @@ __device__ __forceinline__ long long ValueCodesOfChunk(
         sum.x += __float2int_rn(rounded.x * (1 / kCodeUnit));
         sum.y += __float2int_rn(rounded.y * (1 / kCodeUnit));
       }
-    }
 #pragma unroll
-    for (int offset = T::kThreadsPerRow; offset < 32; offset *= 2) {
-      sum.x += __shfl_xor_sync(kAllLanes, sum.x, offset);
-      sum.y += __shfl_xor_sync(kAllLanes, sum.y, offset);
+      for (int offset = T::kThreadsPerRow; offset < 32; offset *= 2) {
+        sum.x += __shfl_xor_sync(kAllLanes, sum.x, offset);
+        sum.y += __shfl_xor_sync(kAllLanes, sum.y, offset);
+      }
+      if (lane < T::kThreadsPerRow) shared.sums[threadIdx.x / 32][pair] = sum;
     }
-    if (lane < T::kThreadsPerRow) shared.sums[threadIdx.x / 32][pair] = sum;
   }
   if constexpr (!kFp8) {
 #pragma unroll
@@ -401,20 +470,20 @@ __device__ __forceinline__ long long ValueCodesOfChunk(
       const int row = first + T::template RowOfPass<kValue>(pass);
       const int64_t index = head * static_cast<int64_t>(params.padded_kv) + row;
       if (row < params.padded_kv) {
-        *reinterpret_cast<uint4*>(static_cast<__half*>(params.v) + index * kHeadDim + channel) =
-            *reinterpret_cast<const uint4*>(halves[pass]);
+        StoreCodes(static_cast<__half*>(params.v) + index * kHeadDim + channel,
+                   *reinterpret_cast<const uint4*>(halves[pass]));
       }
     }
   }
   __syncthreads();
-  if constexpr (kFp8) StoreTransposed<T>(params, shared, head, first);
-  long long total = 0;
-  if (threadIdx.x < kHeadDim) {
+  if constexpr (kFp8) {
+    StoreTransposed<T>(params, shared, head, first, [&](int i, int sum) { sums.Add(i, sum); });
+  } else if (threadIdx.x < kHeadDim) {
 #pragma unroll
-    for (int warp = 0; warp < kWarps<kHeadDim>; ++warp)
-      total += (&shared.sums[warp][0].x)[threadIdx.x];
+    for (int warp = 0; warp < kWarps<kHeadDim>; ++warp) {
+      sums.Add(0, (&shared.sums[warp][0].x)[threadIdx.x]);
+    }
   }
-  return total;
 }
 
 // A chunk of V with tokens of several segments: codes, and their sums. Rare where segments are
@@ -459,7 +528,14 @@ __device__ __forceinline__ void MixedValueCodesOfChunk(const QuantizeParams& par
     }
   }
   __syncthreads();
-  if constexpr (kFp8) StoreTransposed<T>(params, shared, head, first);
+  if constexpr (kFp8) StoreTransposed<T>(params, shared, head, first, [](int, int) {});
+}
+
+// Whether V, or K, has something that is not finite in a channel of V.
+template <int kHeadDim>
+__device__ __forceinline__ bool IsBad(const QuantizeParams& params, int head, int channel) {
+  return __ldcg(params.first_bad + head * static_cast<int64_t>(kBadRows * kHeadDim) +
+                kBadValue * kHeadDim + channel) != kNever;
 }
 
 // The codes of V of such keys.
@@ -485,100 +561,82 @@ __device__ __forceinline__ void ZeroValueCodes(const QuantizeParams& params, int
   }
 }
 
-template <class In, int kAccess, int kHeadDim, class Params>
-__device__ __forceinline__ void MakeValueCodes(const Params& params, const Plan& plan,
-                                               SharedValue<kHeadDim>& shared, int head, int part) {
-  using T = Tokens<In, kAccess, kHeadDim>;
-  constexpr bool kBySlot = std::is_same_v<Params, SegmentedParams>;
-  const int64_t begin = static_cast<int64_t>(part) * plan.tokens_per_part;
-  const int64_t end = min(begin + plan.tokens_per_part, static_cast<int64_t>(params.padded_kv));
-  if (begin >= end) return;
-  const T tokens(params.value, head, params.kv_heads, params.length_kv, params.head_dim,
-                 SeenBy(params, head));
-  int first = static_cast<int>(begin);
-  Vector<In> x[kPasses];
-  tokens.template Load<kValue>(x, first);
+// Of a stream of the tokens `begin` to `end` - 1.
+template <bool kFp8, class T, int kHeadDim>
+__device__ __forceinline__ void MakeValueCodes(const QuantizeParams& params,
+                                               SharedValue<kHeadDim>& shared, const T& tokens,
+                                               Stream<kValue, T>& stream, int head, int begin,
+                                               int end) {
   const int c = threadIdx.x;
+  WaitForStatistics(params, head, kValue);
   bool is_bad = false;
-  if constexpr (!kBySlot) {
-    WaitForStatistics(params, head, kValue);
-    if (c < kHeadDim) {
-      const float* channels =
-          params.channels + head * static_cast<int64_t>(kChannelRows * kHeadDim) + c;
-      (&shared.mean[0].x)[c] = __ldcg(channels + kValueMean * kHeadDim);
-      (&shared.down[0].x)[c] = __ldcg(channels + kValueDown * kHeadDim);
-      (&shared.inverse[0].x)[c] = __ldcg(channels + kValueInverse * kHeadDim);
-    }
-  }
   if (c < kHeadDim) {
-    is_bad = __ldcg(params.first_bad + head * static_cast<int64_t>(kBadRows * kHeadDim) +
-                    kBadValue * kHeadDim + c) != kNever;
+    const float* channels =
+        params.channels + head * static_cast<int64_t>(kChannelRows * kHeadDim) + c;
+    (&shared.mean[0].x)[c] = __ldcg(channels + kValueMean * kHeadDim);
+    (&shared.inverse[0].x)[c] = __ldcg(channels + kValueInverse * kHeadDim);
+    is_bad = IsBad<kHeadDim>(params, head, c);
   }
   is_bad = __syncthreads_or(is_bad);
-  const auto make = [&] {
-    return params.fp8_value ? ValueCodesOfChunk<true, T>(params, tokens, shared, head, first, x)
-                            : ValueCodesOfChunk<false, T>(params, tokens, shared, head, first, x);
-  };
-  long long total = 0;
-  if constexpr (kBySlot) {
-    const SlotValues<T> values(params, head);
-    int shared_slot = -1;  // of what is in `shared`, and of the total
-    const auto add_total = [&] {
-      if (c < kHeadDim && shared_slot >= 0) values.AddSum(shared_slot, c, total);
-      total = 0;
-    };
+  CodeSums<kFp8, kHeadDim> sums;
 #pragma unroll 1
-    while (true) {
-      const int slot = values.SlotOfChunk(first);  // all have read `shared`
-      if (slot < 0) {
-        if (params.fp8_value) {
-          MixedValueCodesOfChunk<true, T>(params, tokens, shared, head, first, values);
-        } else {
-          MixedValueCodesOfChunk<false, T>(params, tokens, shared, head, first, values);
-        }
-      } else {
-        if (slot != shared_slot) {
-          add_total();
-          shared_slot = slot;
-          if (c < kHeadDim / 2) {
-            const ValuePair pair = values.Load(slot, c);
-            shared.mean[c] = pair.mean;
-            shared.down[c] = pair.down;
-            shared.inverse[c] = pair.inverse;
-          }
-          __syncthreads();
-        }
-        if (is_bad) MakeFinite(x);
-        total += make();
-      }
-      if (end - first <= T::kTokens) break;
-      first += T::kTokens;
-      tokens.template Load<kValue>(x, first);
-    }
-    add_total();
-  } else {
-    bool counts = !T::kHasUnseen || ChunkCounts<kValue>(tokens, first);
-#pragma unroll 1
-    while (true) {
-      if (counts) {
-        if (is_bad) MakeFinite(x);
-        total += make();
-      } else {
-        ZeroValueCodes<kHeadDim>(params, head, first,
-                                 min(static_cast<int>(end) - first, T::kTokens));
-      }
-      if (end - first <= T::kTokens) break;
-      first += T::kTokens;
-      tokens.template Load<kValue>(x, first);
-      counts = ChunkCounts<kValue>(tokens, first);  // all have read `shared`
-    }
-    if (params.smooth_v && c < kHeadDim) {
-      // Integers: the order of the additions does not show.
-      atomicAdd(reinterpret_cast<unsigned long long*>(params.value_code_sum) +
-                    head * static_cast<int64_t>(kHeadDim) + c,
-                static_cast<unsigned long long>(total));
+  for (int first = begin; first < end; first += T::kTokens) {
+    Vector<typename T::Element> x[kPasses];
+    stream.Next(x);
+    if (ChunkCounts<kValue>(tokens, first)) {  // and all have read `shared`
+      if (is_bad) MakeFinite(x);
+      ValueCodesOfChunk<kFp8, T>(params, tokens, shared, head, first, x, sums);
+    } else {
+      ZeroValueCodes<kHeadDim>(params, head, first, min(end - first, T::kTokens));
     }
   }
+  if (!params.smooth_v) return;
+  sums.Flush([&](int channel, long long sum) {
+    // Integers: the order of the additions does not show.
+    atomicAdd(reinterpret_cast<unsigned long long*>(params.value_code_sum) +
+                  head * static_cast<int64_t>(kHeadDim) + channel,
+              static_cast<unsigned long long>(sum));
+  });
+}
+
+// The same with segments.
+template <bool kFp8, class T, int kHeadDim>
+__device__ __forceinline__ void MakeValueCodes(const SegmentedParams& params,
+                                               SharedValue<kHeadDim>& shared, const T& tokens,
+                                               Stream<kValue, T>& stream, int head, int begin,
+                                               int end) {
+  const int c = threadIdx.x;
+  const bool is_bad = __syncthreads_or(c < kHeadDim && IsBad<kHeadDim>(params, head, c));
+  const SlotValues<T> values(params, head);
+  CodeSums<kFp8, kHeadDim> sums;
+  int shared_slot = -1;  // of what is in `shared`, and of the sums
+  const auto flush = [&] {
+    if (shared_slot < 0) return;
+    sums.Flush([&](int channel, long long sum) { values.AddSum(shared_slot, channel, sum); });
+  };
+#pragma unroll 1
+  for (int first = begin; first < end; first += T::kTokens) {
+    Vector<typename T::Element> x[kPasses];
+    stream.Next(x);
+    const int slot = values.SlotOfChunk(first);  // all have read `shared`
+    if (slot < 0) {
+      MixedValueCodesOfChunk<kFp8, T>(params, tokens, shared, head, first, values);
+      continue;
+    }
+    if (slot != shared_slot) {
+      flush();
+      shared_slot = slot;
+      if (c < kHeadDim / 2) {
+        const ValuePair pair = values.Load(slot, c);
+        shared.mean[c] = pair.mean;
+        shared.inverse[c] = pair.inverse;
+      }
+      __syncthreads();
+    }
+    if (is_bad) MakeFinite(x);
+    ValueCodesOfChunk<kFp8, T>(params, tokens, shared, head, first, x, sums);
+  }
+  flush();
 }
 
 }  // namespace jax_sage::quantize

@@ -26,18 +26,56 @@ namespace jax_sage {
 namespace quantize {
 
 template <int kHeadDim>
-union Shared {
+union SharedOfItem {
   SharedStatistics<kHeadDim> statistics;
   SharedKey<kHeadDim> key;
   SharedValue<kHeadDim> value;
 };
+template <class In, int kHeadDim>
+struct Shared {
+  Ring<In, kHeadDim> ring;
+  SharedOfItem<kHeadDim> of_item;
+};
+
+// The statistics of a part of K or V of a head, or its codes.
+template <Tensor kTensor, class In, int kAccess, int kHeadDim>
+__device__ __forceinline__ void MakePart(const QuantizeParams& params, const Plan& plan,
+                                         Shared<In, kHeadDim>& shared, int head, int part,
+                                         bool is_codes) {
+  using T = Tokens<In, kAccess, kHeadDim>;
+  const T tokens(kTensor == kKey ? params.key : params.value, head, params.kv_heads,
+                 params.length_kv, params.head_dim, SeenBy(params, head));
+  const int64_t start = static_cast<int64_t>(part) * plan.tokens_per_part;
+  const int64_t length = is_codes ? params.padded_kv : params.length_kv;
+  const int end = static_cast<int>(min(start + plan.tokens_per_part, length));
+  const int begin = static_cast<int>(min(start, static_cast<int64_t>(end)));
+  Stream<kTensor, T> stream(tokens, shared.ring, begin, end, is_codes);
+  if (!is_codes) {
+    MakeStatistics<kTensor>(params, plan, shared.of_item.statistics, tokens, stream, head, part,
+                            begin, end);
+    return;
+  }
+  if (begin == end) return;
+  if constexpr (kTensor == kKey) {
+    MakeKeyCodes<T>(params, shared.of_item.key, tokens, stream, head, begin, end);
+  } else if (params.fp8_value) {
+    MakeValueCodes<true, T>(params, shared.of_item.value, tokens, stream, head, begin, end);
+  } else {
+    MakeValueCodes<false, T>(params, shared.of_item.value, tokens, stream, head, begin, end);
+  }
+}
+
+template <class In, int kHeadDim>
+constexpr int kCtasPerSm = sizeof(In) == 4   ? 512 / kThreads<kHeadDim>
+                           : kHeadDim <= 128 ? 3
+                                             : 2;
 
 template <class In, int kAccess, int kHeadDim>
-__global__ void __launch_bounds__(kThreads<kHeadDim>,
-                                  (sizeof(In) == 4 ? 512 : 1024) / kThreads<kHeadDim>)
+__global__ void __launch_bounds__(kThreads<kHeadDim>, kCtasPerSm<In, kHeadDim>)
     Quantize(const QuantizeParams params, const Plan plan) {
   if (!kIsBuilt<kHeadDim>) return;
-  __shared__ Shared<kHeadDim> shared;
+  extern __shared__ uint4 dynamic[];
+  Shared<In, kHeadDim>& shared = *reinterpret_cast<Shared<In, kHeadDim>*>(dynamic);
   // First the lead, then codes and statistics by turns, the codes that are left, and Q.
   const int block = blockIdx.x;
   const int paired = 2 * (plan.items - plan.lead);
@@ -55,60 +93,54 @@ __global__ void __launch_bounds__(kThreads<kHeadDim>,
     item = turn - paired / 2;
   }
   if (item >= plan.items) {
-    item -= plan.items;
-    constexpr int kTokens = Tokens<In, kAccess, kHeadDim>::kTokens;
-    const int chunks = (params.padded_q + kTokens - 1) / kTokens;
-    MakeQueryCodes<In, kAccess, kHeadDim>(params, item / chunks, item % chunks * kTokens);
+    MakeQueryCodes<In, kAccess, kHeadDim>(params, shared.ring, item - plan.items);
     return;
   }
   const int unit = item / params.parts, part = item % params.parts;
-  const int head = unit / 2;
   if (unit % 2 == kKey) {
-    if (is_codes) {
-      MakeKeyCodes<In, kAccess>(params, plan, shared.key, head, part);
-    } else {
-      MakeStatistics<kKey, In, kAccess>(params, plan, shared.statistics, head, part);
-    }
+    MakePart<kKey, In, kAccess>(params, plan, shared, unit / 2, part, is_codes);
   } else {
-    if (is_codes) {
-      MakeValueCodes<In, kAccess>(params, plan, shared.value, head, part);
-    } else {
-      MakeStatistics<kValue, In, kAccess>(params, plan, shared.statistics, head, part);
-    }
+    MakePart<kValue, In, kAccess>(params, plan, shared, unit / 2, part, is_codes);
   }
 }
 
 // Items of statistics ahead of the codes, for each SM. With fewer, codes wait for statistics that
 // still run; with more, K and V have left L2 when their codes are made.
-constexpr int kLeadPerSm = 3;
+template <class In>
+constexpr int kLeadPerSm = sizeof(In) == 4 ? 1 : 2;
 
 template <class In, int kAccess, int kHeadDim>
 cudaError_t Launch(const QuantizeParams& params, cudaStream_t stream) {
+  constexpr int kTokens = Tokens<In, kAccess, kHeadDim>::kTokens;
+  constexpr int kSharedBytes = sizeof(Shared<In, kHeadDim>);
+  const auto kernel = &Quantize<In, kAccess, kHeadDim>;
   int device = 0, sms = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   }
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  }
   if (error != cudaSuccess) return error;
 
-  constexpr int kTokens = Tokens<In, kAccess, kHeadDim>::kTokens;
   const auto ceil_div = [](int64_t x, int64_t y) { return (x + y - 1) / y; };
   const int64_t units = 2 * params.batch * params.kv_heads;
   const int64_t items = units * params.parts;
-  const int64_t query_items = params.batch * params.heads * ceil_div(params.padded_q, kTokens);
+  const int64_t query_items =
+      params.batch * params.heads * ceil_div(params.padded_q, kQueriesOfItem<In, kHeadDim>);
   if (2 * items + query_items > INT32_MAX) return cudaErrorInvalidConfiguration;
   Plan plan;
   plan.items = static_cast<int>(items);
-  plan.lead = static_cast<int>(std::min<int64_t>(items, params.parts + kLeadPerSm * sms));
+  plan.lead = static_cast<int>(std::min<int64_t>(items, params.parts + kLeadPerSm<In> * sms));
   plan.tokens_per_part =
       static_cast<int>(ceil_div(ceil_div(params.length_kv, params.parts), kTokens) * kTokens);
   plan.per_token = static_cast<float>(1.0 / params.length_kv);
 
   error = cudaMemsetAsync(params.arrivals, 0, units * sizeof(*params.arrivals), stream);
   if (error != cudaSuccess) return error;
-  Quantize<In, kAccess, kHeadDim>
-      <<<static_cast<unsigned>(2 * items + query_items), kThreads<kHeadDim>, 0, stream>>>(params,
-                                                                                          plan);
+  kernel<<<static_cast<unsigned>(2 * items + query_items), kThreads<kHeadDim>, kSharedBytes,
+           stream>>>(params, plan);
   return cudaGetLastError();
 }
 

@@ -152,15 +152,16 @@ __device__ __forceinline__ int64_t FirstPart(const SegmentedParams& params, int 
 // Statistics of a part of a head's sorted keys.
 template <Tensor kTensor, class In, int kAccess, int kHeadDim>
 __device__ __forceinline__ void MakePart(const SegmentedParams& params, const Plan& plan,
-                                         SharedPart<kHeadDim>& shared, int head, int part) {
+                                         Ring<In, kHeadDim>& ring, SharedPart<kHeadDim>& shared,
+                                         int head, int part) {
   const int64_t begin = static_cast<int64_t>(part) * plan.tokens_per_part;
   if (begin >= params.length_kv) return;
   const int end =
       static_cast<int>(min(begin + plan.tokens_per_part, static_cast<int64_t>(params.length_kv)));
   const int32_t* ids = SortedIds(params, head);
-  Tokens<In, kAccess | kSorted, kHeadDim> tokens(kTensor == kKey ? params.key : params.value, head,
-                                                 params.kv_heads, params.length_kv, params.head_dim,
-                                                 SeenBy(params, head));
+  using T = Tokens<In, kAccess | kSorted, kHeadDim>;
+  T tokens(kTensor == kKey ? params.key : params.value, head, params.kv_heads, params.length_kv,
+           params.head_dim, SeenBy(params, head));
   tokens.order = params.order + head / params.kv_heads * params.key_id_stride;
   int* bad =
       params.first_bad +
@@ -171,13 +172,14 @@ __device__ __forceinline__ void MakePart(const SegmentedParams& params, const Pl
   for (int run = static_cast<int>(begin); run < end; run = next) {
     next = EndOfRun(ids, run, end);
     tokens.length = next;  // nothing is loaded of those behind
+    Stream<kTensor, T> stream(tokens, ring, run, next, false);
     int count = 0;
 #pragma unroll 1
     for (int i = run; i < next; i += kThreads<kHeadDim>) {  // all have read `shared`
       count += __syncthreads_count(tokens.Counts(i + threadIdx.x));
     }
     const ChannelStatistics all =
-        Combine<true>(shared.statistics, StatisticsOf<kTensor>(tokens, run, next, bad));
+        Combine<true>(shared.statistics, StatisticsOf<kTensor>(tokens, stream, run, next, bad));
     const bool begins = BeginsAt(ids, run);
     if (begins && (next == params.length_kv || BeginsAt(ids, next))) {
       FinishSlot<kTensor>(params, shared, head, run, count, all);
@@ -247,12 +249,14 @@ template <class In, int kAccess, int kHeadDim>
 __global__ void __launch_bounds__(kThreads<kHeadDim>, kCtasPerSm<In, kAccess, kHeadDim>)
     SegmentStatistics(const SegmentedParams params, const Plan plan) {
   if (!kIsBuilt<kHeadDim>) return;
+  extern __shared__ uint4 dynamic[];
+  Ring<In, kHeadDim>& ring = *reinterpret_cast<Ring<In, kHeadDim>*>(dynamic);
   __shared__ SharedPart<kHeadDim> shared;
   const int unit = blockIdx.x / params.parts, part = blockIdx.x % params.parts;
   if (unit % 2 == kKey) {
-    MakePart<kKey, In, kAccess>(params, plan, shared, unit / 2, part);
+    MakePart<kKey, In, kAccess>(params, plan, ring, shared, unit / 2, part);
   } else {
-    MakePart<kValue, In, kAccess>(params, plan, shared, unit / 2, part);
+    MakePart<kValue, In, kAccess>(params, plan, ring, shared, unit / 2, part);
   }
 }
 
@@ -279,21 +283,34 @@ template <class In, int kAccess, int kHeadDim>
 __global__ void __launch_bounds__(kThreads<kHeadDim>, kCtasPerSm<In, kAccess, kHeadDim>)
     SegmentCodes(const SegmentedParams params, const Plan plan) {
   if (!kIsBuilt<kHeadDim>) return;
+  using T = Tokens<In, kAccess, kHeadDim>;
+  extern __shared__ uint4 dynamic[];
+  Ring<In, kHeadDim>& ring = *reinterpret_cast<Ring<In, kHeadDim>*>(dynamic);
   __shared__ SharedCodes<kHeadDim> shared;
   // From the last to the first: of what the statistics have read last, some is still in L2.
   const int item = plan.items - 1 - static_cast<int>(blockIdx.x);
   if (item < 0) {
-    constexpr int kTokens = Tokens<In, kAccess, kHeadDim>::kTokens;
-    const int chunks = (params.padded_q + kTokens - 1) / kTokens;
-    const int chunk = -1 - item;
-    MakeQueryCodes<In, kAccess, kHeadDim>(params, chunk / chunks, chunk % chunks * kTokens);
+    MakeQueryCodes<In, kAccess, kHeadDim>(params, ring, -1 - item);
     return;
   }
-  const int unit = item / params.parts, part = item % params.parts;
+  const int unit = item / params.parts, part = item % params.parts, head = unit / 2;
+  const int64_t begin = static_cast<int64_t>(part) * plan.tokens_per_part;
+  const int end =
+      static_cast<int>(min(begin + plan.tokens_per_part, static_cast<int64_t>(params.padded_kv)));
+  if (begin >= end) return;
+  const int first = static_cast<int>(begin);
+  const T tokens(unit % 2 == kKey ? params.key : params.value, head, params.kv_heads,
+                 params.length_kv, params.head_dim, SeenBy(params, head));
   if (unit % 2 == kKey) {
-    MakeKeyCodes<In, kAccess>(params, plan, shared.key, unit / 2, part);
+    Stream<kKey, T> stream(tokens, ring, first, end, true);
+    MakeKeyCodes<T>(params, shared.key, tokens, stream, head, first, end);
+    return;
+  }
+  Stream<kValue, T> stream(tokens, ring, first, end, true);
+  if (params.fp8_value) {
+    MakeValueCodes<true, T>(params, shared.value, tokens, stream, head, first, end);
   } else {
-    MakeValueCodes<In, kAccess>(params, plan, shared.value, unit / 2, part);
+    MakeValueCodes<false, T>(params, shared.value, tokens, stream, head, first, end);
   }
 }
 
@@ -337,7 +354,8 @@ cudaError_t LaunchSegments(const SegmentedParams& params, cudaStream_t stream) {
   const auto ceil_div = [](int64_t x, int64_t y) { return (x + y - 1) / y; };
   const int64_t units = 2 * params.batch * params.kv_heads;
   const int64_t items = units * params.parts;
-  const int64_t query_items = params.batch * params.heads * ceil_div(params.padded_q, kTokens);
+  const int64_t query_items =
+      params.batch * params.heads * ceil_div(params.padded_q, kQueriesOfItem<In, kHeadDim>);
   const int64_t tokens = params.batch * (static_cast<int64_t>(params.length_kv) + params.padded_q);
   const int64_t slot_blocks = ceil_div(tokens + units * kHeadDim, kSlotThreads);
   static_assert(kBadRows == 2, "of a unit K and V");
@@ -350,13 +368,19 @@ cudaError_t LaunchSegments(const SegmentedParams& params, cudaStream_t stream) {
   plan.tokens_per_part =
       static_cast<int>(ceil_div(ceil_div(params.length_kv, params.parts), kTokens) * kTokens);
 
+  constexpr int kRingBytes = sizeof(Ring<In, kHeadDim>);
+  const auto statistics = &SegmentStatistics<In, kAccess, kHeadDim>;
+  const auto codes = &SegmentCodes<In, kAccess, kHeadDim>;
+  constexpr auto kMaxShared = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  cudaError_t error = cudaFuncSetAttribute(statistics, kMaxShared, kRingBytes);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(codes, kMaxShared, kRingBytes);
+  if (error != cudaSuccess) return error;
+
   const auto blocks = [](int64_t count) { return static_cast<unsigned>(count); };
   FindSlots<<<blocks(slot_blocks), kSlotThreads, 0, stream>>>(params);
-  SegmentStatistics<In, kAccess, kHeadDim>
-      <<<blocks(items), kThreads<kHeadDim>, 0, stream>>>(params, plan);
+  statistics<<<blocks(items), kThreads<kHeadDim>, kRingBytes, stream>>>(params, plan);
   JoinSegments<kHeadDim><<<blocks(items), kThreads<kHeadDim>, 0, stream>>>(params, plan);
-  SegmentCodes<In, kAccess, kHeadDim>
-      <<<blocks(items + query_items), kThreads<kHeadDim>, 0, stream>>>(params, plan);
+  codes<<<blocks(items + query_items), kThreads<kHeadDim>, kRingBytes, stream>>>(params, plan);
   FinishChannels<kHeadDim><<<blocks(channel_blocks), kThreads<kHeadDim>, 0, stream>>>(params);
   return cudaGetLastError();
 }

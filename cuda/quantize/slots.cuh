@@ -81,9 +81,9 @@ class SlotMeans {
 
 // How two channels of V become codes.
 struct ValuePair {
-  float2 mean, down, inverse;
+  float2 mean, inverse;
   __device__ __forceinline__ float2 Scale(float2 x) const {
-    return make_float2((x.x - mean.x) * down.x * inverse.x, (x.y - mean.y) * down.y * inverse.y);
+    return make_float2((x.x - mean.x) * inverse.x, (x.y - mean.y) * inverse.y);
   }
 };
 
@@ -119,8 +119,7 @@ class SlotValues {
     };
     const float2 average = load(kSlotOffset), absmax = load(kSlotScale);
     const ValueChannel x(average.x, absmax.x), y(average.y, absmax.y);
-    return {make_float2(x.mean, y.mean), make_float2(x.down, y.down),
-            make_float2(x.inverse, y.inverse)};
+    return {make_float2(x.mean, y.mean), make_float2(x.inverse, y.inverse)};
   }
 
   // Integers: the order of the additions does not show.

@@ -24,9 +24,7 @@ enum PartialRow : int {
 template <int kHeadDim>
 struct SharedStatistics {
   static constexpr int kRows = kThreads<kHeadDim> * kVector / kHeadDim;
-  // Sums, maxima and minima: side by side, or by turns where there is no room.
-  static constexpr int kAtOnce = kHeadDim <= 128 ? 3 : 1;
-  alignas(16) float x[kAtOnce][kRows][kHeadDim];
+  alignas(16) float x[kRows][kHeadDim];  // sums, maxima, minima by turns
   int bad[kHeadDim];  // a key that is not finite counts in all channels, and is kept in the first
   bool is_last;
 };
@@ -117,18 +115,6 @@ class RunningStatistics {
   Pair<In> min_[kVector / 2];
 };
 
-// Adds the tokens from `first` on, all passes of a chunk.
-template <Tensor kTensor, bool kExtrema, class T, class In>
-__device__ __forceinline__ void AddChunk(RunningStatistics<kExtrema, In>& statistics,
-                                         const T& tokens, int first, int end,
-                                         const Vector<In> (&x)[kPasses]) {
-#pragma unroll
-  for (int pass = 0; pass < kPasses; ++pass) {
-    const int token = first + T::template RowOfPass<kTensor>(pass);
-    if (token < end && tokens.Counts(token)) statistics.Add(x[pass]);
-  }
-}
-
 // What is not finite shows in the sums. Rare: then again, with care.
 template <Tensor kTensor, bool kExtrema, class T, class In>
 __device__ __forceinline__ void Mend(RunningStatistics<kExtrema, In>& statistics, const T& tokens,
@@ -155,17 +141,20 @@ __device__ __forceinline__ void Mend(RunningStatistics<kExtrema, In>& statistics
   }
 }
 
+// Of the tokens of a stream, `begin` to `end` - 1.
 template <Tensor kTensor, class T>
-__device__ __forceinline__ Statistics StatisticsOf(const T& tokens, int begin, int end, int* bad) {
+__device__ __forceinline__ Statistics StatisticsOf(const T& tokens, Stream<kTensor, T>& stream,
+                                                   int begin, int end, int* bad) {
   using In = typename T::Element;
   RunningStatistics<kWithExtrema<kTensor, T>, In> statistics;
 #pragma unroll 1
   for (int first = begin; first < end; first += T::kTokens) {
-    // With segments there are no registers for it.
-    if (T::kHasUnseen && !T::kIsSorted && !tokens.template SomeCount<kTensor>(first)) continue;
     Vector<In> x[kPasses];
-    tokens.template Load<kTensor>(x, first);
-    AddChunk<kTensor>(statistics, tokens, first, end, x);
+    stream.Next(x);
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      if (tokens.Counts(first + T::template RowOfPass<kTensor>(pass))) statistics.Add(x[pass]);
+    }
   }
   Mend<kTensor>(statistics, tokens, begin, end, bad);
   return statistics.Get();
@@ -184,29 +173,22 @@ __device__ __forceinline__ ChannelStatistics Combine(SharedStatistics<kHeadDim>&
                                                      const Statistics& of_thread) {
   constexpr int kThreadsPerRow = kHeadDim / kVector;
   const int row = threadIdx.x / kThreadsPerRow, channel = threadIdx.x % kThreadsPerRow * kVector;
-  constexpr int kKinds = kExtrema ? 3 : 1, kAtOnce = shared.kAtOnce;
   ChannelStatistics result;
   const int c = threadIdx.x;
 #pragma unroll
-  for (int first = 0; first < kKinds; first += kAtOnce) {
-    if (first > 0) __syncthreads();  // all have read
-#pragma unroll
-    for (int kind = first; kind < kKinds && kind < first + kAtOnce; ++kind) {
-      StoreFloats(&shared.x[kind - first][row][channel], kind == 0   ? of_thread.sum
-                                                         : kind == 1 ? of_thread.max
-                                                                     : of_thread.min);
-    }
+  for (int kind = 0; kind < (kExtrema ? 3 : 1); ++kind) {
+    if (kind > 0) __syncthreads();  // all have read
+    StoreFloats(&shared.x[row][channel], kind == 0   ? of_thread.sum
+                                         : kind == 1 ? of_thread.max
+                                                     : of_thread.min);
     __syncthreads();
     if (c >= kHeadDim) continue;
 #pragma unroll 8
     for (int r = 0; r < shared.kRows; ++r) {
-#pragma unroll
-      for (int kind = first; kind < kKinds && kind < first + kAtOnce; ++kind) {
-        const float x = shared.x[kind - first][r][c];
-        if (kind == 0) result.sum += x;
-        if (kind == 1) result.max = fmaxf(result.max, x);
-        if (kind == 2) result.min = fminf(result.min, x);
-      }
+      const float x = shared.x[r][c];
+      if (kind == 0) result.sum += x;
+      if (kind == 1) result.max = fmaxf(result.max, x);
+      if (kind == 2) result.min = fminf(result.min, x);
     }
   }
   return result;
@@ -247,7 +229,7 @@ __device__ __forceinline__ float AbsmaxFrom(float mean, const ChannelStatistics&
 }
 
 struct ValueChannel {
-  float average, mean, absmax, scale, down, inverse;
+  float average, mean, absmax, scale, inverse;
   __device__ __forceinline__ ValueChannel(const QuantizeParams& params, float per_token,
                                           const ChannelStatistics& all) {
     average = params.smooth_v ? UsableMean(all.sum, per_token) : 0;
@@ -264,15 +246,15 @@ struct ValueChannel {
   }
   __device__ __forceinline__ void Scale() {
     scale = absmax * (1.0f / kVMax);
-    down = absmax > 1 ? kDownscale : 1;
-    inverse = __fdiv_rn(kVMax, absmax * down);
+    // Portable scales large V down first: XLA has no subnormal numbers. Here the inverse of an
+    // absmax beyond 2^126 is one, and its last bits may be others.
+    inverse = __fdiv_rn(kVMax, absmax);
   }
   template <int kHeadDim>
   __device__ __forceinline__ void Store(float* channels) const {
     channels[kValueAverage * kHeadDim] = average;
     channels[kValueMean * kHeadDim] = mean;
     channels[kValueScale * kHeadDim] = scale;
-    channels[kValueDown * kHeadDim] = down;
     channels[kValueInverse * kHeadDim] = inverse;
   }
 };
@@ -316,24 +298,22 @@ __device__ __forceinline__ void FinishStatistics(const QuantizeParams& params, c
   }
 }
 
-template <Tensor kTensor, class In, int kAccess, int kHeadDim>
+// Those of a part, a stream of the tokens `begin` to `end` - 1; the last to arrive finishes all.
+template <Tensor kTensor, int kHeadDim, class T>
 __device__ __forceinline__ void MakeStatistics(const QuantizeParams& params, const Plan& plan,
-                                               SharedStatistics<kHeadDim>& shared, int head,
-                                               int part) {
-  if (threadIdx.x < kHeadDim) shared.bad[threadIdx.x] = kNever;
-  const Tokens<In, kAccess, kHeadDim> tokens(kTensor == kKey ? params.key : params.value, head,
-                                             params.kv_heads, params.length_kv, params.head_dim,
-                                             SeenBy(params, head));
-  const int64_t begin = static_cast<int64_t>(part) * plan.tokens_per_part;
-  const int64_t end = min(begin + plan.tokens_per_part, static_cast<int64_t>(params.length_kv));
-  const int first = static_cast<int>(min(begin, end)), count = static_cast<int>(end) - first;
+                                               SharedStatistics<kHeadDim>& shared, const T& tokens,
+                                               Stream<kTensor, T>& stream, int head, int part,
+                                               int begin, int end) {
+  const int c = threadIdx.x;
+  if (c < kHeadDim) shared.bad[c] = kNever;
   ChannelStatistics all;
-  if (PartCounts<kHeadDim>(tokens, first, count)) {  // and all see `shared`
-    all = Combine<kTensor == kValue>(
-        shared, StatisticsOf<kTensor>(tokens, first, static_cast<int>(end), shared.bad));
+  if (PartCounts<kHeadDim>(tokens, begin, end - begin)) {  // and all see `shared`
+    const Statistics of_thread = StatisticsOf<kTensor>(tokens, stream, begin, end, shared.bad);
+    all = Combine<kTensor == kValue>(shared, of_thread);
+  } else {
+    ptx::CopyAsyncWait<0>();  // nothing is under way when the CTA ends
   }
 
-  const int c = threadIdx.x;
   const int64_t index = head * static_cast<int64_t>(params.parts) + part;
   float* out = params.partials + index * (kPartialRows * kHeadDim) + c;
   if (c < kHeadDim) {

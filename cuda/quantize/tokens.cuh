@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "common/layout.h"
+#include "common/ptx.cuh"
 #include "quantize/quantize.h"
 
 namespace jax_sage::quantize {
@@ -30,7 +31,7 @@ constexpr int kThreads = kHeadDim <= 128 ? 256 : 512;
 template <int kHeadDim>
 constexpr int kWarps = kThreads<kHeadDim> / 32;
 constexpr int kVector = 8;  // channels of a thread
-constexpr int kPasses = 4;  // tokens of a thread: all loaded before the first is used
+constexpr int kPasses = 4;  // tokens of a thread in a chunk
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr unsigned kAllLanes = 0xffffffffu;
@@ -65,7 +66,11 @@ using Pair = typename PairOf<In>::Type;
 
 __device__ __forceinline__ float2 ToFloats(float2 x) { return x; }
 __device__ __forceinline__ float2 ToFloats(__half2 x) { return __half22float2(x); }
-__device__ __forceinline__ float2 ToFloats(__nv_bfloat162 x) { return __bfloat1622float2(x); }
+// One instruction each; the library's takes two for the upper.
+__device__ __forceinline__ float2 ToFloats(__nv_bfloat162 x) {
+  const uint32_t word = *reinterpret_cast<const uint32_t*>(&x);
+  return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+}
 template <class X>
 __device__ __forceinline__ X FromFloats(float2 x) {
   if constexpr (std::is_same_v<X, float2>) return x;
@@ -196,11 +201,37 @@ struct Tokens {
     }
     return vector;
   }
+  // The passes of a chunk to an address in shared memory, kWords words a pass, kThreads<kHeadDim>
+  // apart.
+  // `row`: of the thread in the first pass.
   template <Tensor kTensor>
-  __device__ __forceinline__ void Load(Vector<In> (&x)[kPasses], int first) const {
+  __device__ __forceinline__ void Copy(uint32_t to, int first, const In* row,
+                                       uint64_t policy) const {
+    constexpr int kWords = sizeof(Vector<In>) / sizeof(uint4);
+    constexpr int kPerWord = sizeof(uint4) / sizeof(In);
+    constexpr bool kIsWide = (kAccess & kWide) != 0;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      x[pass] = Load(first + RowOfPass<kTensor>(pass));
+      const int token = first + RowOfPass<kTensor>(pass);
+      if constexpr (kIsWide) {
+        const bool counts = Counts(token);
+        const In* from = row + (RowOfPass<kTensor>(pass) - RowOfPass<kTensor>(0)) * stride;
+        if constexpr (kIsSorted) from = data + (counts ? Position(token) : 0) * stride + Channel();
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) {
+          // In FP32 two copies share sectors: through L1.
+          ptx::CopyAsync16OrZeros<(kWords > 1)>(
+              to + (pass * kWords + i) * (kThreads<kHeadDim> * 16),
+              from + i * kPerWord, counts && Channel() + i * kPerWord < head_dim, policy);
+        }
+      } else {
+        const Vector<In> vector = Load(token);
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) {
+          ptx::StoreSharedAs(to + (pass * kWords + i) * (kThreads<kHeadDim> * 16),
+                             reinterpret_cast<const uint4*>(vector.pairs)[i]);
+        }
+      }
     }
   }
 
@@ -244,6 +275,75 @@ __device__ __forceinline__ bool PartCounts(const T& tokens, int first, int count
   __syncthreads();
   return true;
 }
+
+// Chunks of tokens in shared memory.
+template <class In, int kHeadDim>
+struct Ring {
+  static constexpr int kStages = 2;
+  static constexpr int kWords = sizeof(Vector<In>) / sizeof(uint4);
+  uint4 words[kStages][kPasses][kWords][kThreads<kHeadDim>];
+};
+
+// A range of tokens, chunk after chunk, loaded ahead. A thread copies what it reads itself, and so
+// it waits for no other.
+template <Tensor kTensor, class T>
+class Stream {
+  using In = typename T::Element;
+  static constexpr int kHeadDim = T::kThreadsPerRow * kVector;
+  using RingOf = Ring<In, kHeadDim>;
+  static_assert(RingOf::kStages == 2);
+
+ public:
+  __device__ __forceinline__ Stream(const T& tokens, RingOf& ring, int first, int end,
+                                    bool is_last_read)
+      : tokens_(tokens),
+        stage_(__shfl_sync(kAllLanes, ptx::SharedAddress(&ring.words[0][0][0][threadIdx.x]),
+                           threadIdx.x % 32)),
+        other_(stage_ ^ (stage_ + sizeof(ring.words[0]))),
+        copied_(first),
+        end_(end),
+        policy_(ptx::CachePolicy(is_last_read)),
+        row_(tokens.data + (first + T::template RowOfPass<kTensor>(0)) * tokens.stride +
+             T::Channel()) {
+    CopyChunk();
+    CopyChunk();
+  }
+  __device__ __forceinline__ void Next(Vector<In> (&x)[kPasses]) {
+    if (!is_first_) CopyChunk();
+    is_first_ = false;
+    ptx::CopyAsyncWait<1>();
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+#pragma unroll
+      for (int i = 0; i < RingOf::kWords; ++i) {
+        reinterpret_cast<uint4*>(x[pass].pairs)[i] = ptx::LoadSharedAs<uint4>(
+            stage_ + (pass * RingOf::kWords + i) * (kThreads<kHeadDim> * 16));
+      }
+    }
+  }
+
+ private:
+  // To the stage that was read last, and turns to the other.
+  __device__ __forceinline__ void CopyChunk() {
+    if (copied_ < end_) {
+      tokens_.template Copy<kTensor>(stage_, copied_, row_, policy_);
+      copied_ += T::kTokens;
+      row_ += T::kTokens * tokens_.stride;
+    }
+    ptx::CopyAsyncCommit();  // also of nothing: a chunk's copies are a group's
+    stage_ ^= other_;
+  }
+
+  const T& tokens_;
+  // The thread's address in the stage to be read next, and what turns it to the other. By a shuffle
+  // and by bits, not as a sum, of which ptxas 13.0 may keep a part in UR0, and then the copy's
+  // policy in UR1, where only an even register will do: an illegal instruction.
+  uint32_t stage_, other_;
+  bool is_first_ = true;
+  int copied_, end_;
+  uint64_t policy_;
+  const In* row_;  // the thread's, of the next chunk to copy
+};
 
 __device__ __forceinline__ void StoreFloats(float* to, const float (&x)[kVector]) {
   reinterpret_cast<float4*>(to)[0] = make_float4(x[0], x[1], x[2], x[3]);

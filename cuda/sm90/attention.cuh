@@ -1,10 +1,10 @@
 // Quantized attention on Hopper's wgmma. DESIGN.md beside this file has the roles, the budgets of
 // registers and shared memory, and what else was tried.
 //
-// A CTA stays on its SM and works off query tiles: 192 queries of one head. A producer warp loads K
-// and V by TMA, running ahead into the next query tile; three consumer warpgroups own 64 queries
-// each and work for themselves: QK^T, softmax, PV, one after the other. While one waits for the
-// matrix unit or for its exponentials, the other two use what it leaves.
+// A CTA stays on its SM and works off items: up to 64 queries of one head for each of two to four
+// consumer warpgroups, which work for themselves: QK^T, softmax, PV, one after the other. While one
+// waits for the matrix unit or for its exponentials, the others use what it leaves. A producer warp
+// loads K and V by TMA, running ahead into the next item.
 //
 // With masks the producer warp finds the tiles that any of the queries may see, loads these alone,
 // and says with each what each warpgroup sees of it. A bias is loaded by the consumer warps.
@@ -17,6 +17,7 @@
 #include "sm90/attention.h"
 #include "sm90/barrier.cuh"
 #include "sm90/bias.cuh"
+#include "sm90/items.cuh"
 #include "sm90/softmax.cuh"
 #include "sm90/store.cuh"
 #include "sm90/sums.cuh"
@@ -36,17 +37,24 @@ struct Traits {
   static constexpr bool kMasked = kMasking != Masking::kPlain;
   static constexpr bool kBiased = kMasking == Masking::kBiased;
   static constexpr int kHeadDim = Pv::kHeadDim;
-  // Warpgroups. FP32 sums in registers leave none for a bias beside two others.
-  static constexpr int kConsumers =
-      kHeadDim > 128 || (kBiased && !Pv::kSumsRows && kHeadDim > 64) ? 2 : 3;
-  static constexpr int kQueries = kConsumers * kRows;
+  // Warpgroups. FP32 sums in registers leave none for a bias, or the scores of 128 keys, beside two
+  // others; with those of 64 keys and FP16 sums there is room for four.
+  static constexpr bool kIsLarge = !Pv::kSumsRows && kHeadDim > 64 && (kBiased || Pv::kTile > 64);
+  static constexpr bool kIsSmall = Pv::kSumsRows && Pv::kTile == 64 && !kMasked;
+  static constexpr int kConsumers = kHeadDim > 128 || kIsLarge ? 2 : kIsSmall ? 4 : 3;
+  // Channels of the output that are finished at once.
+  static constexpr int kTurn = kHeadDim == 64 || kConsumers == 4 ? 64 : 128;
+  static_assert(kHeadDim <= 2 * kTurn);
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // The producer of masked kernels plans. Where the consumers need all that there is, it has 32
   // registers all the same, and spills some.
   static constexpr bool kFullConsumers =
       !kMasked || (!kBiased && Pv::kSumsRows && (kExactSum || Pv::kHeadDim > 64));
-  static constexpr int kProducerRegisters = kConsumers == 3 && kFullConsumers ? 32 : 56;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 224 : kFullConsumers ? 160 : 152;
+  static constexpr int kProducerRegisters = kConsumers >= 3 && kFullConsumers ? 32 : 56;
+  static constexpr int kConsumerRegisters = kConsumers == 2   ? 224
+                                            : kConsumers == 4 ? 112
+                                            : kFullConsumers  ? 160
+                                                              : 152;
   // setmaxnreg waits until the registers are there: the CTA has what it was launched with.
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
                 65536 / kThreads / 8 * 8 * (kConsumers + 1));
@@ -92,15 +100,15 @@ struct Traits {
   static constexpr int kQScales = kOutput + kConsumers * kOutputBytes;
   static constexpr int kIntervals = kQScales + kConsumers * kQScaleBytes;
   static constexpr int kScales = kIntervals + kConsumers * kIntervalBytes;
-  // First row, batch, head, the first row's bias, and the addresses of its words of the mask and of
-  // its Q.
+  // First row; with masks batch, head, the first row's bias, the address of its words of the mask,
+  // otherwise the tiles of the item; the address of its Q.
   static constexpr int kFirstRows = kScales + kStages * kScaleBytes;
   static constexpr int kPlans = kFirstRows + kConsumers * kRowsBytes;
   static constexpr int kTable = (kPlans + kStages * 4 + 15) / 16 * 16;
   static constexpr int kBarriers = kTable + int{sizeof(OutputTable<kHeadDim>)};
   static constexpr int kBarrierCount = 2 + 2 * kConsumers + 4 * kStages + kBiasBarriers;
   static constexpr int kSharedBytes = kBarriers + kBarrierCount * 8 + 1024;  // to align
-  static_assert(kStages >= (kConsumers == 3 ? 3 : 2), "the warpgroups drift apart");
+  static_assert(kStages >= (kConsumers > 2 ? 3 : 2), "the warpgroups drift apart");
   static_assert(kKBytes % 1024 == 0 && Pv::kStride % Pv::kAlignment == 0 && kQBytes % 1024 == 0);
   static_assert(!kCopiesBias || (kTile == kBiasTile && kBias % 1024 == 0 &&
                                  kBiasOfWarp >= kBiasBytes && kBiasOfWarp % 1024 == 0));
@@ -156,14 +164,14 @@ struct Ring {
   }
 };
 
-// The query tiles of this CTA, in turns: of all `items`, every gridDim.x-th.
+// The items of this CTA, in turns: of all of them every gridDim.x-th.
 template <class T>
 struct Work {
-  unsigned items;
-  __device__ static unsigned Item(unsigned turn) { return blockIdx.x + turn * gridDim.x; }
-  __device__ bool Any(unsigned turn) const { return Item(turn) < items; }
-  __device__ Position Find(const AttentionParams& params, unsigned turn) const {
-    return FindPosition<T::kQueries>(params, Item(turn), items);
+  const Cut& cut;
+  __device__ static unsigned Index(unsigned turn) { return blockIdx.x + turn * gridDim.x; }
+  __device__ bool Any(unsigned turn) const { return Index(turn) < cut.items; }
+  __device__ Item Find(const AttentionParams& params, unsigned turn) const {
+    return FindItem<T::kConsumers>(params, cut, Index(turn));
   }
 };
 
@@ -208,12 +216,11 @@ __device__ __forceinline__ void ProduceKv(const AttentionParams& params, const T
                                           Work<T> work, uint32_t shared, Barriers<T> barriers) {
   Ring<T::kStages> ring;
   for (unsigned turn = 0; work.Any(turn); ++turn) {
-    const Position position = work.Find(params, turn);
-    const int tiles = CountTiles<T::kTile>(params, position.first_row, T::kQueries);
+    const Item item = work.Find(params, turn);
+    const int tiles = CountTiles<T::kTile>(params, item.first_row, item.groups * kRows);
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile, ring.Next()) {
-      LoadStage<T>(params, maps, static_cast<int>(position.kv_head), tile, 0, shared, barriers,
-                   ring);
+      LoadStage<T>(params, maps, static_cast<int>(item.kv_head), tile, 0, shared, barriers, ring);
     }
   }
 }
@@ -225,8 +232,7 @@ constexpr int kTileShift = 13;
 // A warp loads the tiles of K and V that any warpgroup may see, with a plan of each.
 template <class T>
 __device__ __forceinline__ void ProduceSeenKv(const AttentionParams& params, const TensorMaps& maps,
-                                              Work<T> work, uint32_t shared,
-                                              Barriers<T> barriers) {
+                                              Work<T> work, uint32_t shared, Barriers<T> barriers) {
   const int lane = threadIdx.x % 32;
   const MaskParams& masks = params.masks;
   // Found anew where it is needed: the producer has few registers.
@@ -235,11 +241,11 @@ __device__ __forceinline__ void ProduceSeenKv(const AttentionParams& params, con
   };
   const auto find = [&](unsigned turn) {
     asm volatile("" : "+r"(turn));
-    const Position position = work.Find(params, turn);
-    const int all_heads = static_cast<int>(position.head);
-    return Groups{static_cast<int>(position.kv_head), all_heads / params.heads,
-                  all_heads % params.heads, position.first_row / kRows,
-                  min(T::kConsumers, (params.length_q - position.first_row + kRows - 1) / kRows)};
+    const Item item = work.Find(params, turn);
+    const int all_heads = static_cast<int>(item.head);
+    return Groups{static_cast<int>(item.kv_head), all_heads / params.heads,
+                  all_heads % params.heads, item.first_row / kRows,
+                  min(item.groups, (params.length_q - item.first_row + kRows - 1) / kRows)};
   };
   Ring<T::kStages> ring;
   for (unsigned turn = 0; work.Any(turn); ++turn) {
@@ -302,21 +308,25 @@ __device__ __forceinline__ void ProduceSeenKv(const AttentionParams& params, con
   }
 }
 
-// One thread loads Q, for each warpgroup as soon as that is done with the query tile before, and
+// One thread loads Q, for each warpgroup as soon as that is done with the item before, and
 // says which queries they are.
 template <class T>
 __device__ __forceinline__ void ProduceQ(const AttentionParams& params, const TensorMaps& maps,
-                                         Work<T> work, uint32_t shared,
-                                         Barriers<T> barriers) {
+                                         Work<T> work, uint32_t shared, Barriers<T> barriers) {
   for (unsigned turn = 0; work.Any(turn); ++turn) {
-    const Position position = work.Find(params, turn);
+    const Item position = work.Find(params, turn);
 #pragma unroll 1
     for (int group = 0; group < T::kConsumers; ++group) {
-      const int row = position.first_row + group * kRows;
+      const int row =
+          group < position.groups ? position.first_row + group * kRows : params.length_q;
       const int batch = static_cast<int>(position.head) / params.heads;
       ptx::BarrierWait(barriers.QEmpty(group), ~turn & 1);
       const uint32_t first_row = shared + T::kFirstRows + group * T::kRowsBytes;
       ptx::StoreSharedAs(first_row, row);
+      if constexpr (!T::kMasked) {
+        ptx::StoreSharedAs(first_row + 4, CountTiles<T::kTile>(params, position.first_row,
+                                                               position.groups * kRows));
+      }
       if constexpr (T::kMasked) {
         const int head = static_cast<int>(position.head) % params.heads;
         ptx::StoreSharedAs(first_row + 4, batch);
@@ -345,17 +355,17 @@ __device__ __forceinline__ void ProduceQ(const AttentionParams& params, const Te
                     barriers.QFull(group));
       if constexpr (T::kMasked) {
         ptx::CopyBulk(shared + T::kIntervals + group * T::kIntervalBytes,
-                      params.masks.rows + batch * params.masks.row_stride + row,
-                      T::kIntervalBytes, barriers.QFull(group));
+                      params.masks.rows + batch * params.masks.row_stride + row, T::kIntervalBytes,
+                      barriers.QFull(group));
       }
     }
   }
 }
 
-// 64 threads prepare what the end of each query tile needs.
+// 64 threads prepare what the end of each item needs.
 template <class T>
-__device__ __forceinline__ void ProduceTable(const AttentionParams& params, Work<T> work, int thread,
-                                             OutputTable<T::kHeadDim>& table,
+__device__ __forceinline__ void ProduceTable(const AttentionParams& params, Work<T> work,
+                                             int thread, OutputTable<T::kHeadDim>& table,
                                              Barriers<T> barriers) {
   for (unsigned turn = 0; work.Any(turn); ++turn) {
     ptx::BarrierWait(barriers.TableEmpty(), ~turn & 1);
@@ -388,7 +398,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
     __syncwarp();
     if (lane == 0) ptx::BarrierArrive(barrier);
   };
-  const uint32_t opaque_zero = work.items >> 31;
+  const uint32_t opaque_zero = work.cut.items >> 31;
   const int bias_warp = 4 * warpgroup + __shfl_sync(0xffffffffu, warp, 0);
   BiasBuffer<Barriers<T>::kBiasEmpty> bias(shared + T::kBias + bias_warp * T::kBiasOfWarp,
                                            barriers.BiasFull(bias_warp));
@@ -420,8 +430,8 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
           ptx::LoadSharedAs<float>(shared + T::kQScales + warpgroup * T::kQScaleBytes +
                                    (16 * warp + lane / 4 + 8 * half) * 4);
     }
-    // The tile in the ring's stage, the count-th of this warpgroup. `softmax` makes P of its
-    // scores; `next` moves the ring on, beneath PV.
+    // The tile in the ring's stage, the count-th of this warpgroup. `softmax` makes P of the scores
+    // of some blocks; `next` moves the ring on, beneath PV.
     const auto compute = [&](int count, bool is_last, auto softmax, auto next) {
       const unsigned stage = ring.stage;
       const uint32_t v_full = barriers.VFull(stage), v_parity = ring.parity;
@@ -434,11 +444,21 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
         IssueQk<T::kHeadDim>(scores.s[block], q, k + block * (kBlockKv * T::kHeadDim / 16));
       }
       uint32_t p[T::kBlocks][Pv::kRegisters];
-      softmax(p);
+      constexpr int kFirstBlocks = Pv::kByBlocks ? 1 : T::kBlocks;
+      softmax(Blocks<0, kFirstBlocks>(), p);
+      if constexpr (Pv::kByBlocks) {
+        ptx::BarrierWait(v_full, v_parity);
+        sums.Issue(Blocks<0, 1>(), p, v, count);
+        softmax(Blocks<1, T::kBlocks>(), p);
+      }
       ptx::BarrierArrive(barriers.KEmpty(stage));
       if (is_last) ptx::BarrierArrive(barriers.QEmpty(warpgroup));
-      ptx::BarrierWait(v_full, v_parity);
-      sums.Issue(p, v, count);
+      if constexpr (Pv::kByBlocks) {
+        sums.Issue(Blocks<1, T::kBlocks>(), p, v, count);
+      } else {
+        ptx::BarrierWait(v_full, v_parity);
+        sums.Issue(Blocks<0, T::kBlocks>(), p, v, count);
+      }
       next();
       ptx::WgmmaWait<0>();
 #pragma unroll
@@ -492,7 +512,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
           if (!is_last) load_plan();
           continue;
         }
-        const auto softmax = [&](uint32_t (&p)[T::kBlocks][Pv::kRegisters]) {
+        const auto softmax = [&](auto blocks, uint32_t (&p)[T::kBlocks][Pv::kRegisters]) {
           const int first = static_cast<int>(plan >> kTileShift) * T::kTile;
           if constexpr (T::kCopiesBias) {
             if (maps.bias_bytes != 0) {
@@ -504,7 +524,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
             BiasRows(params, batch(), head(), row).Load(scores.bias[0], first, lane);
           }
           if (view == kAll) {
-            scores.Softmax(p, sums, my_tiles == 0, Everything(), T::kTile, opaque_zero);
+            scores.Softmax(blocks, p, sums, my_tiles == 0, Everything(), T::kTile, opaque_zero);
             return;
           }
           SeenKeys<T::kTile> seen;
@@ -522,7 +542,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
               seen.bits[half] &= ColumnsOfSegment<T::kTile>(params.masks, batch(), id, first, lane);
             }
           }
-          scores.Softmax(p, sums, my_tiles == 0, seen, T::kTile, opaque_zero);
+          scores.Softmax(blocks, p, sums, my_tiles == 0, seen, T::kTile, opaque_zero);
         };
         compute(my_tiles, is_last, softmax, [&] {
           ring.Next();
@@ -531,7 +551,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
         ++my_tiles;
       } while (!is_last);
     } else {
-      const int tiles = CountTiles<T::kTile>(params, group_row - warpgroup * kRows, T::kQueries);
+      const int tiles = ptx::LoadSharedAs<int>(first_row_slot + 4);  // of the item
       my_tiles = CountTiles<T::kTile>(params, group_row, kRows);
       // Tiles that all rows of this warpgroup see in full.
       const int full_tiles =
@@ -540,9 +560,9 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       if (my_tiles > 0) load_scales();
 #pragma unroll 1
       for (int tile = 0; tile < my_tiles; ++tile) {
-        const auto softmax = [&](uint32_t (&p)[T::kBlocks][Pv::kRegisters]) {
+        const auto softmax = [&](auto blocks, uint32_t (&p)[T::kBlocks][Pv::kRegisters]) {
           if (tile < full_tiles) {
-            scores.Softmax(p, sums, tile == 0, Everything(), T::kTile, opaque_zero);
+            scores.Softmax(blocks, p, sums, tile == 0, Everything(), T::kTile, opaque_zero);
             return;
           }
           const auto keys = [&](int row) {  // of this tile
@@ -551,7 +571,8 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
           };
           const int first_key = 2 * (lane & 3);
           const KeysBelow seen{{keys(row) - first_key, keys(row + 8) - first_key}};
-          scores.Softmax(p, sums, tile == 0, seen, keys(group_row + kRows - 1), opaque_zero);
+          scores.Softmax(blocks, p, sums, tile == 0, seen, keys(group_row + kRows - 1),
+                         opaque_zero);
         };
         compute(tile, tile + 1 == my_tiles, softmax, [&] {
           ring.Next();
@@ -580,7 +601,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       // By turns, where all channels at once would be too many registers.
       const auto finish = [&](auto first) {
         constexpr int kFirst = decltype(first)::value;
-        float o[(T::kHeadDim < 128 ? T::kHeadDim : 128) / 8][4];
+        float o[T::kTurn / 8][4];
         sums.template Finish<kFirst>(o, my_tiles);
         FinishRows<T::kMasked, kFirst>(params, table, first_row + lane / 4, lane, o, scores.max,
                                        scores.sum, row_sum);
@@ -589,7 +610,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
         });
       };
       finish(std::integral_constant<int, 0>());
-      if constexpr (T::kHeadDim > 128) finish(std::integral_constant<int, 128>());
+      if constexpr (T::kHeadDim > T::kTurn) finish(std::integral_constant<int, T::kTurn>());
       // What comes next there is a copy of the bias.
       if constexpr (T::kBiasInOutput) ptx::FenceAsyncProxy();
     }
@@ -600,13 +621,13 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1)
     AttentionKernel(const __grid_constant__ AttentionParams params,
-                    const __grid_constant__ TensorMaps maps, unsigned items) {
+                    const __grid_constant__ TensorMaps maps, const __grid_constant__ Cut cut) {
   extern __shared__ uint8_t shared_memory[];
   const uint32_t shared = (ptx::SharedAddress(shared_memory) + 1023) & ~1023u;
   const Barriers<T> barriers{shared + T::kBarriers};
   auto& table = *reinterpret_cast<OutputTable<T::kHeadDim>*>(
       shared_memory + (shared - ptx::SharedAddress(shared_memory)) + T::kTable);
-  const Work<T> work{items};
+  const Work<T> work{cut};
 
   if (threadIdx.x == 0) barriers.Init();
   T::Pv::Prepare(shared + T::kV, T::kStages);
@@ -631,11 +652,10 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 template <class T>
 cudaError_t Launch(const AttentionParams& params, cudaStream_t stream) {
   const uint64_t heads = params.batch * params.heads, kv_heads = params.batch * params.kv_heads;
-  const int64_t q_tiles = (params.length_q + T::kQueries - 1) / T::kQueries;
-  const int64_t items = q_tiles * static_cast<int64_t>(heads);
+  const int64_t groups = (params.length_q + kRows - 1) / kRows * static_cast<int64_t>(heads);
   // A plan has so many bits for the number of a tile.
   const int tiles = params.padded_kv / T::kTile;
-  if (items > INT32_MAX || (T::kMasked && tiles >= (1 << (32 - kTileShift)) - 1)) {
+  if (groups > INT32_MAX || (T::kMasked && tiles >= (1 << (32 - kTileShift)) - 1)) {
     return cudaErrorInvalidConfiguration;
   }
   TensorMaps maps{};
@@ -660,9 +680,10 @@ cudaError_t Launch(const AttentionParams& params, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  const unsigned ctas = static_cast<unsigned>(items < sms ? items : sms);
-  AttentionKernel<T>
-      <<<ctas, T::kThreads, T::kSharedBytes, stream>>>(params, maps, static_cast<unsigned>(items));
+  const Cut cut = CutQueries(static_cast<int64_t>(heads), params.length_q, T::kConsumers, sms,
+                             !T::kMasked && !params.is_causal);
+  const unsigned ctas = std::min(cut.items, static_cast<unsigned>(sms));
+  AttentionKernel<T><<<ctas, T::kThreads, T::kSharedBytes, stream>>>(params, maps, cut);
   return cudaGetLastError();
 }
 

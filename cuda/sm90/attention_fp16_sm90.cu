@@ -3,11 +3,18 @@
 
 namespace jax_sage::sm90 {
 
-// P is summed before it is rounded in any case.
+template <class Pv>
+static cudaError_t LaunchFor(const AttentionParams& params, cudaStream_t stream) {
+  // P is summed before it is rounded in any case.
+  return Launch<Traits<Pv, true>>(params, stream);
+}
+
 cudaError_t LaunchAttentionFp16(const AttentionParams& params, cudaStream_t stream) {
-  if (params.padded_head_dim == 64) return Launch<Traits<PvFp16<64>, true>>(params, stream);
-  if (params.padded_head_dim == 128) return Launch<Traits<PvFp16<128>, true>>(params, stream);
-  return Launch<Traits<PvFp16<256>, true>>(params, stream);
+  if (params.padded_head_dim == 64) return LaunchFor<PvFp16<64, 128>>(params, stream);
+  if (params.padded_head_dim == 256) return LaunchFor<PvFp16<256>>(params, stream);
+  // Large tiles are faster, but more of them are masked in part.
+  return params.is_causal ? LaunchFor<PvFp16<128>>(params, stream)
+                          : LaunchFor<PvFp16<128, 128>>(params, stream);
 }
 
 }  // namespace jax_sage::sm90

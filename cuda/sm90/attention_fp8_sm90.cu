@@ -1,18 +1,24 @@
 // E4M3 PV with FP16 partial sums, and what the launches of both types share.
 #include <cuda.h>
 
+#include <atomic>
+
 #include "sm90/attention.cuh"
 
 namespace jax_sage::sm90 {
 
 cudaError_t Encode(CUtensorMap* map, const Tensor& tensor) {
-  // Through the runtime, so that nothing links against libcuda.
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult result;
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
-                                                             12000, cudaEnableDefault, &result);
-  if (error != cudaSuccess) return error;
-  if (result != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+  // Through the runtime, so that nothing links against libcuda. Found once: it takes a while.
+  static std::atomic<void*> found{nullptr};
+  void* function = found.load();
+  if (function == nullptr) {
+    cudaDriverEntryPointQueryResult result;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                               12000, cudaEnableDefault, &result);
+    if (error != cudaSuccess) return error;
+    if (result != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+    found.store(function);
+  }
   const auto encode = reinterpret_cast<CUresult (*)(
       CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
       const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
@@ -29,16 +35,27 @@ cudaError_t Encode(CUtensorMap* map, const Tensor& tensor) {
   return encoded == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+// Up to so many keys four warpgroups with small tiles are faster than three: an item's beginning
+// and end are where latencies show.
+constexpr int kShort = 4096;
+
+// The output does not depend on whether lse is asked for: both run the same tiles.
+template <class Pv>
+static cudaError_t LaunchPv(const AttentionParams& params, cudaStream_t stream) {
+  return params.exact_lse ? Launch<Traits<Pv, true>>(params, stream)
+                          : Launch<Traits<Pv, false>>(params, stream);
+}
+
 template <int kHeadDim>
 static cudaError_t LaunchFor(const AttentionParams& params, cudaStream_t stream) {
-  return params.exact_lse ? Launch<Traits<PvFp8<kHeadDim>, true>>(params, stream)
-                          : Launch<Traits<PvFp8<kHeadDim>, false>>(params, stream);
+  return params.length_kv <= kShort ? LaunchPv<PvFp8<kHeadDim, 64>>(params, stream)
+                                    : LaunchPv<PvFp8<kHeadDim>>(params, stream);
 }
 
 cudaError_t LaunchAttentionFp8(const AttentionParams& params, cudaStream_t stream) {
   if (params.padded_head_dim == 64) return LaunchFor<64>(params, stream);
   if (params.padded_head_dim == 128) return LaunchFor<128>(params, stream);
-  return LaunchFor<256>(params, stream);
+  return LaunchPv<PvFp8<256>>(params, stream);
 }
 
 }  // namespace jax_sage::sm90

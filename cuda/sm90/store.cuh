@@ -9,7 +9,7 @@ namespace jax_sage::sm90 {
 
 // A warp stores its 16 rows from `first_row` on; of each thread the two rows that FinishRows
 // finished, of kTiles times 8 channels from kFirst on. `shared`: the warp's part of the output
-// buffer, which has room for 128 channels at least.
+// buffer, which has room for them in FP32.
 template <class Out, int kFirst, int kHeadDim, int kTiles>
 __device__ __forceinline__ void StoreTile(const AttentionParams& params,
                                           const OutputTable<kHeadDim>& table, int first_row,
