@@ -126,6 +126,23 @@ def test_kernels_on_wgmma_keep_to_registers_and_stay_asynchronous(source, tmp_pa
         assert biased or not [x for x in loop if x[1].startswith(("LDL", "STL"))], name
 
 
+@pytest.mark.parametrize("arch", [80, 89, 90, 120])
+def test_copies_of_the_quantization_have_their_policy_in_an_even_register(arch, tmp_path):
+    """ptxas 13.0 has put it in UR1, behind an address in UR0: an illegal instruction."""
+    module = kernels.module()
+    if module is not None and arch in module.architectures():
+        binary = Path(module.__file__)
+    else:
+        binary = tmp_path / "kernels.cubin"
+        compile_kernels(ROOT / "cuda/quantize/quantize.cu", str(arch), binary)
+    policies = set()
+    for name, text in cuobjdump("-sass", str(arch), binary):
+        if "quantize" in name:
+            policies |= set(re.findall(r"LDGSTS\S* [^;]*?desc\[UR(\d+)\]", text))
+    assert policies
+    assert [policy for policy in policies if int(policy) % 2] == []
+
+
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_quantization_of_segments_keeps_to_registers(arch, tmp_path):
     binary = tmp_path / "kernels.cubin"
