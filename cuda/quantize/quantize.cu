@@ -74,6 +74,9 @@ template <class In, int kAccess, int kHeadDim>
 __global__ void __launch_bounds__(kThreads<kHeadDim>, kCtasPerSm<In, kHeadDim>)
     Quantize(const QuantizeParams params, const Plan plan) {
   if (!kIsBuilt<kHeadDim>) return;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();  // the attention's CTAs may start where SMs get free
+#endif
   extern __shared__ uint4 dynamic[];
   Shared<In, kHeadDim>& shared = *reinterpret_cast<Shared<In, kHeadDim>*>(dynamic);
   // First the lead, then codes and statistics by turns, the codes that are left, and Q.

@@ -483,8 +483,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
         plan = ptx::LoadSharedAs<uint32_t>(shared + T::kPlans + ring.stage * 4);
         if constexpr (T::kCopiesBias) {
           if ((plan >> (kViewBits * warpgroup) & kAll) && maps.bias_bytes != 0) {
-            if (lane == 0) bias.Copy(maps, static_cast<int>(plan >> kTileShift), bias_row);
-            __syncwarp();  // together again, for wgmma
+            bias.Copy(maps, static_cast<int>(plan >> kTileShift), bias_row);
           }
         }
         // Far away: needed after the next QK^T.
@@ -633,6 +632,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   T::Pv::Prepare(shared + T::kV, T::kStages);
   ptx::FenceAsyncProxy();
   __syncthreads();
+  cudaGridDependencySynchronize();  // see Launch
 
   if (threadIdx.x < 128) {
     ptx::RegistersDown<T::kProducerRegisters>();
@@ -683,8 +683,23 @@ cudaError_t Launch(const AttentionParams& params, cudaStream_t stream) {
   const Cut cut = CutQueries(static_cast<int64_t>(heads), params.length_q, T::kConsumers, sms,
                              !T::kMasked && !params.is_causal);
   const unsigned ctas = std::min(cut.items, static_cast<unsigned>(sms));
-  AttentionKernel<T><<<ctas, T::kThreads, T::kSharedBytes, stream>>>(params, maps, cut);
-  return cudaGetLastError();
+  // CTAs may start while the last of the quantization run, and wait for them: launch and prologue
+  // take no time of their own then. Graphs are captured a custom call at a time, where there is
+  // nothing to wait for, and some drivers capture no such launches.
+  cudaStreamCaptureStatus capturing;
+  error = cudaStreamIsCapturing(stream, &capturing);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = ctas;
+  config.blockDim = T::kThreads;
+  config.dynamicSmemBytes = T::kSharedBytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = capturing == cudaStreamCaptureStatusNone ? 1 : 0;
+  return cudaLaunchKernelEx(&config, AttentionKernel<T>, params, maps, cut);
 }
 
 }  // namespace jax_sage::sm90

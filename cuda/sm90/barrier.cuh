@@ -47,6 +47,26 @@ __device__ __forceinline__ void CopyBox(uint32_t shared, const CUtensorMap* map,
       "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
       : "memory");
 }
+// The same two of a warp as one, all lanes of which give the same: a branch to one lane would part
+// it, and take longer than the rest.
+__device__ __forceinline__ void BarrierExpectOfWarp(uint32_t barrier, int bytes) {
+  asm volatile(
+      "{\n.reg .pred elected;\n"
+      "elect.sync _|elected, 0xffffffff;\n"
+      "@elected mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n}\n" ::"r"(barrier),
+      "r"(bytes)
+      : "memory");
+}
+__device__ __forceinline__ void CopyBoxOfWarp(uint32_t shared, const CUtensorMap* map,
+                                              uint32_t barrier, int c0, int c1, int c2) {
+  asm volatile(
+      "{\n.reg .pred elected;\n"
+      "elect.sync _|elected, 0xffffffff;\n"
+      "@elected cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5}], [%2];\n}\n" ::"r"(shared),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
+}
 // `bytes` contiguous bytes, a multiple of 16.
 __device__ __forceinline__ void CopyBulk(uint32_t shared, const void* global, int bytes,
                                          uint32_t barrier) {

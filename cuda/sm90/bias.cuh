@@ -60,14 +60,15 @@ class BiasBuffer {
   __device__ static __forceinline__ int FirstRow(const TensorMaps& maps, int warp) {
     return IsOneRow(maps) ? 0 : kBiasRows * warp;
   }
-  // One lane. Rows behind a head's last are another head's, or zeros.
+  // All lanes. Rows behind a head's last are another head's, or zeros.
   __device__ __forceinline__ void Copy(const TensorMaps& maps, int tile, int row) const {
     const int line = tile * maps.bias_lines;
     ptx::BarrierWait(full_ + kEmpty, parity_ ^ 1);
-    ptx::BarrierExpect(full_, maps.bias_bytes);
-    ptx::CopyBox(buffer_, &maps.bias, full_, 0, line, row);
+    ptx::BarrierExpectOfWarp(full_, maps.bias_bytes);
+    ptx::CopyBoxOfWarp(buffer_, &maps.bias, full_, 0, line, row);
     if (IsOneRow(maps)) {
-      ptx::CopyBox(buffer_ + 8 * kBiasLine * maps.bias_lines, &maps.bias, full_, 0, line, row);
+      ptx::CopyBoxOfWarp(buffer_ + 8 * kBiasLine * maps.bias_lines, &maps.bias, full_, 0, line,
+                         row);
     }
   }
 
