@@ -98,7 +98,10 @@ struct Arrays {
     p.padded_q = (shape.length + kBlockQ - 1) / kBlockQ * kBlockQ;
     p.padded_kv = (shape.length + kBlockKv - 1) / kBlockKv * kBlockKv;
     p.head_dim = p.padded_head_dim = shape.head_dim;
-    p.parts = std::min((shape.length + 511) / 512, 256);  // as in jax_sage/lowering_cuda.py
+    // As in jax_sage/lowering_cuda.py.
+    const int units = 2 * shape.batch * shape.heads;
+    const int most = std::min(std::max(64, 1024 / units), 256);
+    p.parts = std::min((shape.length * shape.head_dim + 32767) / 32768, most);
     p.scale_log2 = static_cast<float>(M_LOG2E / std::sqrt(shape.head_dim));
     p.q_scale_factor = p.scale_log2 / kInt8Max;
     p.fp8_value = fp8;

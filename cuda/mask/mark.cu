@@ -1,14 +1,13 @@
-#include "mask/mark.h"
-
 #include "common/epilogue.cuh"
 #include "common/masks.cuh"
+#include "mask/mark.h"
 
 namespace jax_sage {
 namespace {
 
 constexpr int kThreads = kMaxHeadDim;  // one a channel
-constexpr int kRows = 32;      // queries at a time, one a lane
-constexpr int kTurns = 8;      // of a CTA
+constexpr int kRows = 32;              // queries at a time, one a lane
+constexpr int kTurns = 8;              // of a CTA
 
 // Without masks attention need only know the first key that is not finite. With them every such
 // key must be looked at; they are rare, so it is a kernel of its own that looks for them.
@@ -30,8 +29,8 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   if (c < attention.padded_head_dim) {
     const int32_t* bad = params.first_bad + unit * kBadRows * attention.padded_head_dim + c;
-    const int first = min(bad[kBadKey * attention.padded_head_dim],
-                          bad[kBadValue * attention.padded_head_dim]);
+    const int first =
+        min(bad[kBadKey * attention.padded_head_dim], bad[kBadValue * attention.padded_head_dim]);
     if (first != kNever) atomicMin(&first_key, first);
   }
   __syncthreads();
@@ -46,8 +45,11 @@ __global__ void __launch_bounds__(kThreads)
     uint32_t bad_out = 0, bad_lse = 0;
     // bad_lse is the same in all threads, and all rows of it are rows of bad_out.
     for (int key = first_key; key < attention.length_kv && bad_lse != all_rows; ++key) {
-      const int64_t index = ((static_cast<int64_t>(batch) * attention.length_kv + key) *
-                                 attention.kv_heads + kv_head) * attention.head_dim + c;
+      const int64_t index =
+          ((static_cast<int64_t>(batch) * attention.length_kv + key) * attention.kv_heads +
+           kv_head) *
+              attention.head_dim +
+          c;
       bool bad_key = false, bad_value = false;
       if (c < attention.head_dim) {
         bad_key = !isfinite(static_cast<float>(static_cast<const Type*>(params.key)[index]));

@@ -1,7 +1,6 @@
-#include "mask/pack.h"
-
 #include "common/layout.h"
 #include "common/masks.cuh"
+#include "mask/pack.h"
 
 namespace jax_sage {
 namespace {

@@ -169,8 +169,8 @@ __device__ __forceinline__ void Softmax(const int32_t (&s)[kBlockKv / 8][4],
           float& bias = p[n][2 * half + e];
           bias *= kLog2E;
           if (bias <= kHidingBias) bias = -kInf;
-          tile_max = fmaxf(tile_max, fmaf(static_cast<float>(s[n][2 * half + e]), scale[half],
-                                          bias));
+          tile_max =
+              fmaxf(tile_max, fmaf(static_cast<float>(s[n][2 * half + e]), scale[half], bias));
         } else {
           best = max(best, s[n][2 * half + e]);
         }
@@ -262,8 +262,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
   const auto batch = [&] { return static_cast<int>(position.head) / params.heads; };
   const auto head = [&] { return static_cast<int>(position.head) % params.heads; };
   const auto view_of = [&](int group, int tile) {
-    return ViewOfTile(params.masks, batch(), head(), group, tile * kBlockKv,
-                      (tile + 1) * kBlockKv);
+    return ViewOfTile(params.masks, batch(), head(), group, tile * kBlockKv, (tile + 1) * kBlockKv);
   };
   // The first from `tile` on that anyone may see.
   const auto find = [&](int tile) {

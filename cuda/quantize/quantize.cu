@@ -21,6 +21,7 @@
 #include "quantize/quantize.h"
 #include "quantize/statistics.cuh"
 #include "quantize/tokens.cuh"
+#include "quantize/value_codes.cuh"
 
 namespace jax_sage {
 namespace quantize {

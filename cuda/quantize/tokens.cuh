@@ -221,8 +221,8 @@ struct Tokens {
         for (int i = 0; i < kWords; ++i) {
           // In FP32 two copies share sectors: through L1.
           ptx::CopyAsync16OrZeros<(kWords > 1)>(
-              to + (pass * kWords + i) * (kThreads<kHeadDim> * 16),
-              from + i * kPerWord, counts && Channel() + i * kPerWord < head_dim, policy);
+              to + (pass * kWords + i) * (kThreads<kHeadDim> * 16), from + i * kPerWord,
+              counts && Channel() + i * kPerWord < head_dim, policy);
         }
       } else {
         const Vector<In> vector = Load(token);

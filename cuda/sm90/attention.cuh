@@ -18,361 +18,12 @@
 #include "sm90/barrier.cuh"
 #include "sm90/bias.cuh"
 #include "sm90/items.cuh"
+#include "sm90/producer.cuh"
 #include "sm90/softmax.cuh"
 #include "sm90/store.cuh"
-#include "sm90/sums.cuh"
-#include "sm90/wgmma.cuh"
+#include "sm90/traits.cuh"
 
 namespace jax_sage::sm90 {
-
-constexpr int kRows = 64;  // queries of a warpgroup
-constexpr int kSharedLimit = 227 * 1024;
-static_assert(kRows == kMaskRows);
-
-// kExactSum: P is summed before it is rounded too, for lse.
-template <class Pv_, bool kExactSum_, Masking kMasking = Masking::kPlain>
-struct Traits {
-  using Pv = Pv_;
-  static constexpr bool kExactSum = kExactSum_;
-  static constexpr bool kMasked = kMasking != Masking::kPlain;
-  static constexpr bool kBiased = kMasking == Masking::kBiased;
-  static constexpr int kHeadDim = Pv::kHeadDim;
-  // Warpgroups. FP32 sums in registers leave none for a bias, or the scores of 128 keys, beside two
-  // others; with those of 64 keys and FP16 sums there is room for four.
-  static constexpr bool kIsLarge = !Pv::kSumsRows && kHeadDim > 64 && (kBiased || Pv::kTile > 64);
-  static constexpr bool kIsSmall = Pv::kSumsRows && Pv::kTile == 64 && !kMasked;
-  static constexpr int kConsumers = kHeadDim > 128 || kIsLarge ? 2 : kIsSmall ? 4 : 3;
-  // Channels of the output that are finished at once.
-  static constexpr int kTurn = kHeadDim == 64 || kConsumers == 4 ? 64 : 128;
-  static_assert(kHeadDim <= 2 * kTurn);
-  static constexpr int kThreads = 128 * (kConsumers + 1);
-  // The producer of masked kernels plans. Where the consumers need all that there is, it has 32
-  // registers all the same, and spills some.
-  static constexpr bool kFullConsumers =
-      !kMasked || (!kBiased && Pv::kSumsRows && (kExactSum || Pv::kHeadDim > 64));
-  static constexpr int kProducerRegisters = kConsumers >= 3 && kFullConsumers ? 32 : 56;
-  static constexpr int kConsumerRegisters = kConsumers == 2   ? 224
-                                            : kConsumers == 4 ? 112
-                                            : kFullConsumers  ? 160
-                                                              : 152;
-  // setmaxnreg waits until the registers are there: the CTA has what it was launched with.
-  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
-                65536 / kThreads / 8 * 8 * (kConsumers + 1));
-  static constexpr int kTile = Pv::kTile;  // keys
-  static constexpr int kBlocks = kTile / kBlockKv;
-  // Q of 256 channels does not fit beside their FP32 output; two consumers have registers for it.
-  static constexpr bool kQInRegisters = Pv::kSumsRows && kHeadDim > 128;
-  // A row of a box of Q or K, as it is swizzled.
-  static constexpr int kBoxRow = kHeadDim < kBoxChannels ? kHeadDim : kBoxChannels;
-  static constexpr int kQBytes = kQInRegisters ? 0 : kRows * kHeadDim;  // of a warpgroup
-  static constexpr int kKBytes = kTile * kHeadDim;
-  static constexpr int kScaleBytes = kBlocks * kKeyScales * 4;
-  static constexpr int kStageBytes = kKBytes + Pv::kStride + kScaleBytes;
-  static constexpr int kQScaleBytes = kRows * 4;
-  static constexpr int kIntervalBytes = kMasked ? kRows * 8 : 0;
-  static constexpr int kRowsBytes = kMasked || kQInRegisters ? 32 : 16;
-  // Where it only serves the stores, these go by turns of 128 channels.
-  static constexpr int kOutputBytes =
-      kRows * (Pv::kSumsRows || kHeadDim < 128 ? kHeadDim : 128) * 4;
-  static constexpr int kOutputOfWarp = kOutputBytes / 4;
-  // Where the output needs its buffer at the end of an item only, a bias has it until then. The
-  // FP32 output of 256 channels leaves no room: there the threads load their bias for themselves.
-  static constexpr bool kCopiesBias = kBiased && (!Pv::kSumsRows || kHeadDim <= 128);
-  static constexpr bool kBiasInOutput = kCopiesBias && !Pv::kSumsRows;
-  static constexpr int kBiasOfWarp = kBiasInOutput ? kOutputOfWarp : kBiasBytes;
-  static constexpr int kBiasOfGroup = kCopiesBias && !kBiasInOutput ? 4 * kBiasBytes : 0;
-  static constexpr int kBiasBarriers = kCopiesBias ? 8 * kConsumers : 0;
-  static constexpr int kMaxStages = 6;
-  static constexpr int kFixedBytes =
-      kConsumers *
-          (kQBytes + kBiasOfGroup + kQScaleBytes + kIntervalBytes + kOutputBytes + kRowsBytes) +
-      4 * kMaxStages + 16 + int{sizeof(OutputTable<kHeadDim>)} +
-      8 * (2 + 2 * kConsumers + 4 * kMaxStages + kBiasBarriers) + 1024;
-  static constexpr int kFitting = (kSharedLimit - kFixedBytes) / kStageBytes;
-  static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
-  // Shared memory; tiles first, they must be aligned to 8 rows of up to 128 bytes for the swizzle.
-  static constexpr int kQ = 0;
-  static constexpr int kOwnBias = kQ + kConsumers * kQBytes;
-  static constexpr int kK = kOwnBias + kConsumers * kBiasOfGroup;
-  static constexpr int kV = kK + kStages * kKBytes;
-  static constexpr int kOutput = kV + kStages * Pv::kStride;
-  static constexpr int kBias = kBiasInOutput ? kOutput : kOwnBias;
-  static constexpr int kQScales = kOutput + kConsumers * kOutputBytes;
-  static constexpr int kIntervals = kQScales + kConsumers * kQScaleBytes;
-  static constexpr int kScales = kIntervals + kConsumers * kIntervalBytes;
-  // First row; with masks batch, head, the first row's bias, the address of its words of the mask,
-  // otherwise the tiles of the item; the address of its Q.
-  static constexpr int kFirstRows = kScales + kStages * kScaleBytes;
-  static constexpr int kPlans = kFirstRows + kConsumers * kRowsBytes;
-  static constexpr int kTable = (kPlans + kStages * 4 + 15) / 16 * 16;
-  static constexpr int kBarriers = kTable + int{sizeof(OutputTable<kHeadDim>)};
-  static constexpr int kBarrierCount = 2 + 2 * kConsumers + 4 * kStages + kBiasBarriers;
-  static constexpr int kSharedBytes = kBarriers + kBarrierCount * 8 + 1024;  // to align
-  static_assert(kStages >= (kConsumers > 2 ? 3 : 2), "the warpgroups drift apart");
-  static_assert(kKBytes % 1024 == 0 && Pv::kStride % Pv::kAlignment == 0 && kQBytes % 1024 == 0);
-  static_assert(!kCopiesBias || (kTile == kBiasTile && kBias % 1024 == 0 &&
-                                 kBiasOfWarp >= kBiasBytes && kBiasOfWarp % 1024 == 0));
-  static_assert(kRows == kBlockKv, "boxes of Q and of K are alike, see IssueQk");
-  static_assert(kSharedBytes <= kSharedLimit);
-};
-
-template <class T>
-struct Barriers {
-  static constexpr int kConsumers = T::kConsumers, kStages = T::kStages;
-  uint32_t base;
-  __device__ uint32_t TableFull() const { return base; }
-  __device__ uint32_t TableEmpty() const { return base + 8; }
-  __device__ uint32_t QFull(int group) const { return base + 8 * (2 + group); }
-  __device__ uint32_t QEmpty(int group) const { return base + 8 * (2 + kConsumers + group); }
-  __device__ uint32_t KFull(int stage) const { return base + 8 * (2 + 2 * kConsumers + stage); }
-  __device__ uint32_t KEmpty(int stage) const { return KFull(kStages + stage); }
-  __device__ uint32_t VFull(int stage) const { return KFull(2 * kStages + stage); }
-  __device__ uint32_t VEmpty(int stage) const { return KFull(3 * kStages + stage); }
-  __device__ uint32_t BiasFull(int warp) const { return KFull(4 * kStages + warp); }
-  static constexpr int kBiasEmpty = 8 * 4 * kConsumers;  // behind BiasFull
-
-  __device__ void Init() const {
-    ptx::BarrierInit(TableFull(), 64);  // threads that prepare the table
-    ptx::BarrierInit(TableEmpty(), 128 * kConsumers);
-    for (int group = 0; group < kConsumers; ++group) {
-      ptx::BarrierInit(QFull(group), 1);
-      ptx::BarrierInit(QEmpty(group), 128);
-    }
-    for (int stage = 0; stage < kStages; ++stage) {
-      ptx::BarrierInit(KFull(stage), 1);
-      ptx::BarrierInit(VFull(stage), 1);
-      ptx::BarrierInit(KEmpty(stage), 128 * kConsumers);
-      ptx::BarrierInit(VEmpty(stage), 4 * kConsumers);  // one lane of each warp
-    }
-    for (int warp = 0; warp < T::kBiasBarriers / 2; ++warp) {
-      ptx::BarrierInit(BiasFull(warp), 1);
-      ptx::BarrierInit(BiasFull(warp) + kBiasEmpty, 32);
-    }
-    ptx::FenceBarrierInit();
-  }
-};
-
-// A stage of the ring of tiles, and the parity of its barriers' phase.
-template <int kStages>
-struct Ring {
-  unsigned stage = 0, parity = 0;
-  __device__ __forceinline__ void Next() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-// The items of this CTA, in turns: of all of them every gridDim.x-th.
-template <class T>
-struct Work {
-  const Cut& cut;
-  __device__ static unsigned Index(unsigned turn) { return blockIdx.x + turn * gridDim.x; }
-  __device__ bool Any(unsigned turn) const { return Index(turn) < cut.items; }
-  __device__ Item Find(const AttentionParams& params, unsigned turn) const {
-    return FindItem<T::kConsumers>(params, cut, Index(turn));
-  }
-};
-
-// kTokens of Q or K, in boxes of channels.
-template <int kHeadDim, int kTokens>
-__device__ __forceinline__ void CopyChannels(uint32_t shared, const CUtensorMap* map,
-                                             uint32_t barrier, int token, int head) {
-#pragma unroll
-  for (int first = 0; first < kHeadDim; first += kBoxChannels) {
-    ptx::CopyBox(shared + first * kTokens, map, barrier, first, token, head);
-  }
-}
-
-// Loads a tile of K and V into a stage that is free, or soon will be. One thread.
-template <class T>
-__device__ __forceinline__ void LoadStage(const AttentionParams& params, const TensorMaps& maps,
-                                          int kv_head, int tile, uint32_t plan, uint32_t shared,
-                                          Barriers<T> barriers, Ring<T::kStages> ring) {
-  const unsigned stage = ring.stage;
-  const int blocks = params.padded_kv / kBlockKv;
-  const float* scales = params.k_scale + static_cast<int64_t>(kv_head) * blocks * kKeyScales;
-  // The last tile may have fewer blocks.
-  const int tile_blocks = min(T::kBlocks, blocks - tile * T::kBlocks);
-  const int scale_bytes = tile_blocks * kKeyScales * 4;
-  // A barrier that was never used counts as completed for parity 1.
-  ptx::BarrierWait(barriers.KEmpty(stage), ring.parity ^ 1);
-  if constexpr (T::kMasked) ptx::StoreSharedAs(shared + T::kPlans + stage * 4, plan);
-  ptx::BarrierExpect(barriers.KFull(stage), T::kKBytes + scale_bytes);
-  CopyChannels<T::kHeadDim, T::kTile>(shared + T::kK + stage * T::kKBytes, &maps.k,
-                                      barriers.KFull(stage), tile * T::kTile, kv_head);
-  ptx::CopyBulk(shared + T::kScales + stage * T::kScaleBytes,
-                scales + tile * T::kBlocks * kKeyScales, scale_bytes, barriers.KFull(stage));
-  ptx::BarrierWait(barriers.VEmpty(stage), ring.parity ^ 1);
-  ptx::BarrierExpect(barriers.VFull(stage), T::Pv::kBytes);
-  T::Pv::Load(shared + T::kV + stage * T::Pv::kStride, &maps.v, barriers.VFull(stage), tile,
-              kv_head);
-}
-
-// One thread loads K and V.
-template <class T>
-__device__ __forceinline__ void ProduceKv(const AttentionParams& params, const TensorMaps& maps,
-                                          Work<T> work, uint32_t shared, Barriers<T> barriers) {
-  Ring<T::kStages> ring;
-  for (unsigned turn = 0; work.Any(turn); ++turn) {
-    const Item item = work.Find(params, turn);
-    const int tiles = CountTiles<T::kTile>(params, item.first_row, item.groups * kRows);
-#pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile, ring.Next()) {
-      LoadStage<T>(params, maps, static_cast<int>(item.kv_head), tile, 0, shared, barriers, ring);
-    }
-  }
-}
-
-// A plan of a tile: from bit kViewBits * g on, what warpgroup g sees of it.
-constexpr uint32_t kLastOfItem = 1 << 12;
-constexpr int kTileShift = 13;
-
-// A warp loads the tiles of K and V that any warpgroup may see, with a plan of each.
-template <class T>
-__device__ __forceinline__ void ProduceSeenKv(const AttentionParams& params, const TensorMaps& maps,
-                                              Work<T> work, uint32_t shared, Barriers<T> barriers) {
-  const int lane = threadIdx.x % 32;
-  const MaskParams& masks = params.masks;
-  // Found anew where it is needed: the producer has few registers.
-  struct Groups {
-    int kv_head, batch, head, first, count;
-  };
-  const auto find = [&](unsigned turn) {
-    asm volatile("" : "+r"(turn));
-    const Item item = work.Find(params, turn);
-    const int all_heads = static_cast<int>(item.head);
-    return Groups{static_cast<int>(item.kv_head), all_heads / params.heads,
-                  all_heads % params.heads, item.first_row / kRows,
-                  min(item.groups, (params.length_q - item.first_row + kRows - 1) / kRows)};
-  };
-  Ring<T::kStages> ring;
-  for (unsigned turn = 0; work.Any(turn); ++turn) {
-    int first_key = params.length_kv, end_key = 0;
-    const Groups groups = find(turn);
-#pragma unroll 1
-    for (int group = 0; group < groups.count; ++group) {
-      const int4 bounds =
-          __ldg(masks.groups + groups.batch * masks.group_stride + groups.first + group);
-      first_key = min(first_key, bounds.x);
-      end_key = max(end_key, bounds.y);
-    }
-    const int end_tile = (end_key + T::kTile - 1) / T::kTile;
-    // The last tile must be known as such: a tile is loaded when the next has been found, or none.
-    constexpr uint32_t kNoPlan = ~0u;
-    uint32_t plan = kNoPlan, found = 0, views = 0;
-    int base = first_key / T::kTile - 32;
-    bool is_last = false;
-#pragma unroll 1
-    while (!is_last) {
-      uint32_t next = kNoPlan;
-#pragma unroll 1
-      while (found == 0 && base + 32 < end_tile) {
-        base += 32;
-        views = 0;
-        if (base + lane < end_tile) {
-          const Groups groups = find(turn);
-          const int first = (base + lane) * T::kTile;
-#pragma unroll 1
-          for (int group = 0; group < groups.count; ++group) {
-            views |= ViewOfTile(masks, groups.batch, groups.head, groups.first + group, first,
-                                first + T::kTile)
-                     << (kViewBits * group);
-          }
-        }
-        found = __ballot_sync(0xffffffffu, views != 0);
-      }
-      if (found != 0) {
-        const int source = __ffs(found) - 1;
-        found &= found - 1;
-        next = static_cast<uint32_t>(base + source) << kTileShift |
-               __shfl_sync(0xffffffffu, views, source);
-        if (plan == kNoPlan) {  // the first
-          plan = next;
-          continue;
-        }
-      } else {
-        is_last = true;
-        // Nothing is seen at all: a tile that nobody looks at.
-        plan = (plan == kNoPlan ? 0 : plan) | kLastOfItem;
-      }
-      if (lane == 0) {
-        LoadStage<T>(params, maps, find(turn).kv_head, static_cast<int>(plan >> kTileShift), plan,
-                     shared, barriers, ring);
-      }
-      __syncwarp();
-      ring.Next();
-      plan = next;
-    }
-  }
-}
-
-// One thread loads Q, for each warpgroup as soon as that is done with the item before, and
-// says which queries they are.
-template <class T>
-__device__ __forceinline__ void ProduceQ(const AttentionParams& params, const TensorMaps& maps,
-                                         Work<T> work, uint32_t shared, Barriers<T> barriers) {
-  for (unsigned turn = 0; work.Any(turn); ++turn) {
-    const Item position = work.Find(params, turn);
-#pragma unroll 1
-    for (int group = 0; group < T::kConsumers; ++group) {
-      const int row =
-          group < position.groups ? position.first_row + group * kRows : params.length_q;
-      const int batch = static_cast<int>(position.head) / params.heads;
-      ptx::BarrierWait(barriers.QEmpty(group), ~turn & 1);
-      const uint32_t first_row = shared + T::kFirstRows + group * T::kRowsBytes;
-      ptx::StoreSharedAs(first_row, row);
-      if constexpr (!T::kMasked) {
-        ptx::StoreSharedAs(first_row + 4, CountTiles<T::kTile>(params, position.first_row,
-                                                               position.groups * kRows));
-      }
-      if constexpr (T::kMasked) {
-        const int head = static_cast<int>(position.head) % params.heads;
-        ptx::StoreSharedAs(first_row + 4, batch);
-        ptx::StoreSharedAs(first_row + 8, head);
-        if constexpr (T::kCopiesBias) {
-          ptx::StoreSharedAs(first_row + 12, RowOfBias(params, batch, head, row));
-        }
-        ptx::StoreSharedAs(first_row + 16, MaskRow(params.masks, batch, head, row));
-      }
-      if constexpr (T::kQInRegisters) {
-        ptx::StoreSharedAs(first_row + 24,
-                           params.q + (position.head * params.padded_q + row) * T::kHeadDim);
-      }
-      if (row >= params.length_q) {  // nothing to load, nothing to do
-        ptx::BarrierArrive(barriers.QFull(group));
-        continue;
-      }
-      ptx::BarrierExpect(barriers.QFull(group), T::kQBytes + T::kQScaleBytes + T::kIntervalBytes);
-      if constexpr (!T::kQInRegisters) {
-        CopyChannels<T::kHeadDim, kRows>(shared + T::kQ + group * T::kQBytes, &maps.q,
-                                         barriers.QFull(group), row,
-                                         static_cast<int>(position.head));
-      }
-      ptx::CopyBulk(shared + T::kQScales + group * T::kQScaleBytes,
-                    params.q_scale + position.head * params.padded_q + row, T::kQScaleBytes,
-                    barriers.QFull(group));
-      if constexpr (T::kMasked) {
-        ptx::CopyBulk(shared + T::kIntervals + group * T::kIntervalBytes,
-                      params.masks.rows + batch * params.masks.row_stride + row, T::kIntervalBytes,
-                      barriers.QFull(group));
-      }
-    }
-  }
-}
-
-// 64 threads prepare what the end of each item needs.
-template <class T>
-__device__ __forceinline__ void ProduceTable(const AttentionParams& params, Work<T> work,
-                                             int thread, OutputTable<T::kHeadDim>& table,
-                                             Barriers<T> barriers) {
-  for (unsigned turn = 0; work.Any(turn); ++turn) {
-    ptx::BarrierWait(barriers.TableEmpty(), ~turn & 1);
-    PrepareOutput<T::kMasked>(table, params, work.Find(params, turn), thread, 64);
-    ptx::BarrierArrive(barriers.TableFull());
-  }
-}
 
 template <class T>
 __device__ __forceinline__ void Consume(const AttentionParams& params, const TensorMaps& maps,
@@ -401,7 +52,8 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
   const uint32_t opaque_zero = work.cut.items >> 31;
   const int bias_warp = 4 * warpgroup + __shfl_sync(0xffffffffu, warp, 0);
   BiasBuffer<Barriers<T>::kBiasEmpty> bias(shared + T::kBias + bias_warp * T::kBiasOfWarp,
-                                           barriers.BiasFull(bias_warp));
+                                           barriers.BiasFull(bias_warp), maps,
+                                           params.masks.bias_type);
   Ring<T::kStages> ring;
   for (unsigned turn = 0; work.Any(turn); ++turn) {
     ptx::BarrierWait(barriers.QFull(warpgroup), turn & 1);
@@ -475,14 +127,14 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       uint32_t plan, words[2];
       [[maybe_unused]] int bias_row = 0;
       if constexpr (T::kCopiesBias) {
-        bias_row = ptx::LoadSharedAs<int>(first_row_slot + 12) + bias.FirstRow(maps, bias_warp % 4);
+        bias_row = ptx::LoadSharedAs<int>(first_row_slot + 12) + bias.FirstRow(bias_warp % 4);
         bias_row = __shfl_sync(0xffffffffu, bias_row, 0);
       }
       const auto load_plan = [&] {
         load_scales();
         plan = ptx::LoadSharedAs<uint32_t>(shared + T::kPlans + ring.stage * 4);
         if constexpr (T::kCopiesBias) {
-          if ((plan >> (kViewBits * warpgroup) & kAll) && maps.bias_bytes != 0) {
+          if ((plan >> (kViewBits * warpgroup) & kAll) && bias.IsCopied()) {
             bias.Copy(maps, static_cast<int>(plan >> kTileShift), bias_row);
           }
         }
@@ -514,8 +166,8 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
         const auto softmax = [&](auto blocks, uint32_t (&p)[T::kBlocks][Pv::kRegisters]) {
           const int first = static_cast<int>(plan >> kTileShift) * T::kTile;
           if constexpr (T::kCopiesBias) {
-            if (maps.bias_bytes != 0) {
-              bias.Read(scores.bias[0], maps, params.masks.bias_type, lane);
+            if (bias.IsCopied()) {
+              bias.Read(scores.bias[0], lane);
             } else {
               BiasRows(params, batch(), head(), row).Spread(scores.bias[0]);
             }

@@ -12,7 +12,6 @@ struct TensorMaps {
   CUtensorMap q, k, v;
   CUtensorMap bias;  // read only where bias_bytes is not 0
   int bias_bytes;    // that a warp copies of a tile
-  int bias_lines;    // of 128 bytes, of a tile and a row
 };
 
 // A 3-dimensional tensor, and the box that one copy takes from it; the innermost of both in bytes.

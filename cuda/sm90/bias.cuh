@@ -26,17 +26,16 @@ inline cudaError_t EncodeBias(TensorMaps& maps, const AttentionParams& params) {
   const MaskParams& masks = params.masks;
   maps.bias_bytes = 0;
   if (masks.bias_column_stride == 0) return cudaSuccess;
-  maps.bias_lines = masks.bias_type == DType::kF32 ? 2 : 1;
+  const int lines = masks.bias_type == DType::kF32 ? 2 : 1;
   const bool one_row = masks.bias_row_stride == 0;
   const int tiles = (params.length_kv + kMaskKeys - 1) / kMaskKeys * (kMaskKeys / kBiasTile);
   const int64_t heads = (masks.bias_batch_stride != 0 ? params.batch : 1) *
                         (masks.bias_head_stride != 0 ? params.heads : 1);
   // One row that stands for all is copied twice, for both rows of a thread.
-  maps.bias_bytes = (one_row ? 2 : kBiasRows) * maps.bias_lines * kBiasLine;
-  return Encode(&maps.bias,
-                {masks.bias, kBiasLine, static_cast<uint64_t>(tiles) * maps.bias_lines,
-                 static_cast<uint64_t>(heads * (one_row ? 1 : params.length_q)), kBiasLine,
-                 static_cast<uint32_t>(maps.bias_lines), one_row ? 1u : kBiasRows});
+  maps.bias_bytes = (one_row ? 2 : kBiasRows) * lines * kBiasLine;
+  return Encode(&maps.bias, {masks.bias, kBiasLine, static_cast<uint64_t>(tiles) * lines,
+                             static_cast<uint64_t>(heads * (one_row ? 1 : params.length_q)),
+                             kBiasLine, static_cast<uint32_t>(lines), one_row ? 1u : kBiasRows});
 }
 
 // The number among the tensor's rows of what query `row` of a head adds.
@@ -53,34 +52,41 @@ __device__ __forceinline__ int RowOfBias(const AttentionParams& params, int batc
 template <int kEmpty>
 class BiasBuffer {
  public:
-  __device__ __forceinline__ BiasBuffer(uint32_t buffer, uint32_t full)
-      : buffer_(buffer), full_(full) {}
+  // By shuffles, so that what tells kinds of bias apart is in uniform registers: constants are
+  // loaded where they are used, and waited for.
+  __device__ __forceinline__ BiasBuffer(uint32_t buffer, uint32_t full, const TensorMaps& maps,
+                                        DType type)
+      : buffer_(buffer),
+        full_(full),
+        bytes_(__shfl_sync(0xffffffffu, maps.bias_bytes, 0)),
+        type_(static_cast<DType>(__shfl_sync(0xffffffffu, static_cast<int>(type), 0))) {}
 
+  // Otherwise all keys have the same, and there is nothing to copy.
+  __device__ __forceinline__ bool IsCopied() const { return bytes_ != 0; }
   // What a warp adds to its warpgroup's row of the tensor.
-  __device__ static __forceinline__ int FirstRow(const TensorMaps& maps, int warp) {
-    return IsOneRow(maps) ? 0 : kBiasRows * warp;
+  __device__ __forceinline__ int FirstRow(int warp) const {
+    return IsOneRow() ? 0 : kBiasRows * warp;
   }
   // All lanes. Rows behind a head's last are another head's, or zeros.
   __device__ __forceinline__ void Copy(const TensorMaps& maps, int tile, int row) const {
-    const int line = tile * maps.bias_lines;
+    const int lines = type_ == DType::kF32 ? 2 : 1;  // of a tile and a row
+    const int line = tile * lines;
     ptx::BarrierWait(full_ + kEmpty, parity_ ^ 1);
-    ptx::BarrierExpectOfWarp(full_, maps.bias_bytes);
+    ptx::BarrierExpectOfWarp(full_, bytes_);
     ptx::CopyBoxOfWarp(buffer_, &maps.bias, full_, 0, line, row);
-    if (IsOneRow(maps)) {
-      ptx::CopyBoxOfWarp(buffer_ + 8 * kBiasLine * maps.bias_lines, &maps.bias, full_, 0, line,
-                         row);
+    if (IsOneRow()) {
+      ptx::CopyBoxOfWarp(buffer_ + 8 * kBiasLine * lines, &maps.bias, full_, 0, line, row);
     }
   }
 
   // All lanes. Element 4n + 2 * half + e is that of key 8n + 2(lane % 4) + e.
-  __device__ __forceinline__ void Read(float (&bias)[kBlockKv / 2], const TensorMaps& maps,
-                                       DType type, int lane) {
+  __device__ __forceinline__ void Read(float (&bias)[kBlockKv / 2], int lane) {
     ptx::BarrierWait(full_, parity_);
     parity_ ^= 1;
-    const uint32_t row = IsOneRow(maps) ? 0 : lane / 4, quad = lane & 3;
-    if (type == DType::kF32) {
+    const uint32_t row = IsOneRow() ? 0 : lane / 4, quad = lane & 3;
+    if (type_ == DType::kF32) {
       ReadAs<float2>(bias, row, quad);
-    } else if (type == DType::kBf16) {
+    } else if (type_ == DType::kBf16) {
       ReadAs<__nv_bfloat162>(bias, row, quad);
     } else {
       ReadAs<__half2>(bias, row, quad);
@@ -89,9 +95,7 @@ class BiasBuffer {
   }
 
  private:
-  __device__ static __forceinline__ bool IsOneRow(const TensorMaps& maps) {
-    return maps.bias_bytes < kBiasRows * kBiasLine;
-  }
+  __device__ __forceinline__ bool IsOneRow() const { return bytes_ < kBiasRows * kBiasLine; }
   template <class P>
   __device__ __forceinline__ void ReadAs(float (&bias)[kBlockKv / 2], uint32_t row,
                                          uint32_t quad) const {
@@ -114,7 +118,9 @@ class BiasBuffer {
   }
 
   uint32_t buffer_, full_;  // address of the buffer, and of the barrier that bytes complete
-  uint32_t parity_ = 0;     // of its phase that the next Read waits for
+  int bytes_;               // that are copied of a tile
+  DType type_;
+  uint32_t parity_ = 0;  // of the barrier's phase that the next Read waits for
 };
 
 }  // namespace jax_sage::sm90

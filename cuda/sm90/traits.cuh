@@ -1,0 +1,169 @@
+// What a kernel is made of: its budgets of registers and shared memory, its barriers, its items.
+#pragma once
+
+#include "common/epilogue.cuh"
+#include "common/layout.h"
+#include "common/masks.cuh"
+#include "sm90/attention.h"
+#include "sm90/barrier.cuh"
+#include "sm90/bias.cuh"
+#include "sm90/items.cuh"
+#include "sm90/softmax.cuh"
+
+namespace jax_sage::sm90 {
+
+constexpr int kRows = 64;  // queries of a warpgroup
+constexpr int kSharedLimit = 227 * 1024;
+static_assert(kRows == kMaskRows);
+
+// kExactSum: P is summed before it is rounded too, for lse.
+template <class Pv_, bool kExactSum_, Masking kMasking = Masking::kPlain>
+struct Traits {
+  using Pv = Pv_;
+  static constexpr bool kExactSum = kExactSum_;
+  static constexpr bool kMasked = kMasking != Masking::kPlain;
+  static constexpr bool kBiased = kMasking == Masking::kBiased;
+  static constexpr int kHeadDim = Pv::kHeadDim;
+  // Warpgroups. FP32 sums in registers leave none for a bias, or the scores of 128 keys, beside two
+  // others; with those of 64 keys and FP16 sums there is room for four.
+  static constexpr bool kIsLarge = !Pv::kSumsRows && kHeadDim > 64 && (kBiased || Pv::kTile > 64);
+  static constexpr bool kIsSmall = Pv::kSumsRows && Pv::kTile == 64 && !kMasked;
+  static constexpr int kConsumers = kHeadDim > 128 || kIsLarge ? 2 : kIsSmall ? 4 : 3;
+  // Channels of the output that are finished at once.
+  static constexpr int kTurn = kHeadDim == 64 || kConsumers == 4 ? 64 : 128;
+  static_assert(kHeadDim <= 2 * kTurn);
+  static constexpr int kThreads = 128 * (kConsumers + 1);
+  // The producer of masked kernels plans. Where the consumers need all that there is, it has 32
+  // registers all the same, and spills some.
+  static constexpr bool kFullConsumers =
+      !kMasked || (!kBiased && Pv::kSumsRows && (kExactSum || Pv::kHeadDim > 64));
+  static constexpr int kProducerRegisters = kConsumers >= 3 && kFullConsumers ? 32 : 56;
+  static constexpr int kConsumerRegisters = kConsumers == 2   ? 224
+                                            : kConsumers == 4 ? 112
+                                            : kFullConsumers  ? 160
+                                                              : 152;
+  // setmaxnreg waits until the registers are there: the CTA has what it was launched with.
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+                65536 / kThreads / 8 * 8 * (kConsumers + 1));
+  static constexpr int kTile = Pv::kTile;  // keys
+  static constexpr int kBlocks = kTile / kBlockKv;
+  // Q of 256 channels does not fit beside their FP32 output; two consumers have registers for it.
+  static constexpr bool kQInRegisters = Pv::kSumsRows && kHeadDim > 128;
+  // A row of a box of Q or K, as it is swizzled.
+  static constexpr int kBoxRow = kHeadDim < kBoxChannels ? kHeadDim : kBoxChannels;
+  static constexpr int kQBytes = kQInRegisters ? 0 : kRows * kHeadDim;  // of a warpgroup
+  static constexpr int kKBytes = kTile * kHeadDim;
+  static constexpr int kScaleBytes = kBlocks * kKeyScales * 4;
+  static constexpr int kStageBytes = kKBytes + Pv::kStride + kScaleBytes;
+  static constexpr int kQScaleBytes = kRows * 4;
+  static constexpr int kIntervalBytes = kMasked ? kRows * 8 : 0;
+  static constexpr int kRowsBytes = kMasked || kQInRegisters ? 32 : 16;
+  // Where it only serves the stores, these go by turns of 128 channels.
+  static constexpr int kOutputBytes =
+      kRows * (Pv::kSumsRows || kHeadDim < 128 ? kHeadDim : 128) * 4;
+  static constexpr int kOutputOfWarp = kOutputBytes / 4;
+  // Where the output needs its buffer at the end of an item only, a bias has it until then. The
+  // FP32 output of 256 channels leaves no room: there the threads load their bias for themselves.
+  static constexpr bool kCopiesBias = kBiased && (!Pv::kSumsRows || kHeadDim <= 128);
+  static constexpr bool kBiasInOutput = kCopiesBias && !Pv::kSumsRows;
+  static constexpr int kBiasOfWarp = kBiasInOutput ? kOutputOfWarp : kBiasBytes;
+  static constexpr int kBiasOfGroup = kCopiesBias && !kBiasInOutput ? 4 * kBiasBytes : 0;
+  static constexpr int kBiasBarriers = kCopiesBias ? 8 * kConsumers : 0;
+  static constexpr int kMaxStages = 6;
+  static constexpr int kFixedBytes =
+      kConsumers *
+          (kQBytes + kBiasOfGroup + kQScaleBytes + kIntervalBytes + kOutputBytes + kRowsBytes) +
+      4 * kMaxStages + 16 + int{sizeof(OutputTable<kHeadDim>)} +
+      8 * (2 + 2 * kConsumers + 4 * kMaxStages + kBiasBarriers) + 1024;
+  static constexpr int kFitting = (kSharedLimit - kFixedBytes) / kStageBytes;
+  static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
+  // Shared memory; tiles first, they must be aligned to 8 rows of up to 128 bytes for the swizzle.
+  static constexpr int kQ = 0;
+  static constexpr int kOwnBias = kQ + kConsumers * kQBytes;
+  static constexpr int kK = kOwnBias + kConsumers * kBiasOfGroup;
+  static constexpr int kV = kK + kStages * kKBytes;
+  static constexpr int kOutput = kV + kStages * Pv::kStride;
+  static constexpr int kBias = kBiasInOutput ? kOutput : kOwnBias;
+  static constexpr int kQScales = kOutput + kConsumers * kOutputBytes;
+  static constexpr int kIntervals = kQScales + kConsumers * kQScaleBytes;
+  static constexpr int kScales = kIntervals + kConsumers * kIntervalBytes;
+  // First row; with masks batch, head, the first row's bias, the address of its words of the mask,
+  // otherwise the tiles of the item; the address of its Q.
+  static constexpr int kFirstRows = kScales + kStages * kScaleBytes;
+  static constexpr int kPlans = kFirstRows + kConsumers * kRowsBytes;
+  static constexpr int kTable = (kPlans + kStages * 4 + 15) / 16 * 16;
+  static constexpr int kBarriers = kTable + int{sizeof(OutputTable<kHeadDim>)};
+  static constexpr int kBarrierCount = 2 + 2 * kConsumers + 4 * kStages + kBiasBarriers;
+  static constexpr int kSharedBytes = kBarriers + kBarrierCount * 8 + 1024;  // to align
+  static_assert(kStages >= (kConsumers > 2 ? 3 : 2), "the warpgroups drift apart");
+  static_assert(kKBytes % 1024 == 0 && Pv::kStride % Pv::kAlignment == 0 && kQBytes % 1024 == 0);
+  static_assert(!kCopiesBias || (kTile == kBiasTile && kBias % 1024 == 0 &&
+                                 kBiasOfWarp >= kBiasBytes && kBiasOfWarp % 1024 == 0));
+  static_assert(kRows == kBlockKv, "boxes of Q and of K are alike, see IssueQk");
+  static_assert(kSharedBytes <= kSharedLimit);
+};
+
+template <class T>
+struct Barriers {
+  static constexpr int kConsumers = T::kConsumers, kStages = T::kStages;
+  uint32_t base;
+  __device__ uint32_t TableFull() const { return base; }
+  __device__ uint32_t TableEmpty() const { return base + 8; }
+  __device__ uint32_t QFull(int group) const { return base + 8 * (2 + group); }
+  __device__ uint32_t QEmpty(int group) const { return base + 8 * (2 + kConsumers + group); }
+  __device__ uint32_t KFull(int stage) const { return base + 8 * (2 + 2 * kConsumers + stage); }
+  __device__ uint32_t KEmpty(int stage) const { return KFull(kStages + stage); }
+  __device__ uint32_t VFull(int stage) const { return KFull(2 * kStages + stage); }
+  __device__ uint32_t VEmpty(int stage) const { return KFull(3 * kStages + stage); }
+  __device__ uint32_t BiasFull(int warp) const { return KFull(4 * kStages + warp); }
+  static constexpr int kBiasEmpty = 8 * 4 * kConsumers;  // behind BiasFull
+
+  __device__ void Init() const {
+    ptx::BarrierInit(TableFull(), 64);  // threads that prepare the table
+    ptx::BarrierInit(TableEmpty(), 128 * kConsumers);
+    for (int group = 0; group < kConsumers; ++group) {
+      ptx::BarrierInit(QFull(group), 1);
+      ptx::BarrierInit(QEmpty(group), 128);
+    }
+    for (int stage = 0; stage < kStages; ++stage) {
+      ptx::BarrierInit(KFull(stage), 1);
+      ptx::BarrierInit(VFull(stage), 1);
+      ptx::BarrierInit(KEmpty(stage), 128 * kConsumers);
+      ptx::BarrierInit(VEmpty(stage), 4 * kConsumers);  // one lane of each warp
+    }
+    for (int warp = 0; warp < T::kBiasBarriers / 2; ++warp) {
+      ptx::BarrierInit(BiasFull(warp), 1);
+      ptx::BarrierInit(BiasFull(warp) + kBiasEmpty, 32);
+    }
+    ptx::FenceBarrierInit();
+  }
+};
+
+// A stage of the ring of tiles, and the parity of its barriers' phase.
+template <int kStages>
+struct Ring {
+  unsigned stage = 0, parity = 0;
+  __device__ __forceinline__ void Next() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// The items of this CTA, in turns: of all of them every gridDim.x-th.
+template <class T>
+struct Work {
+  const Cut& cut;
+  __device__ static unsigned Index(unsigned turn) { return blockIdx.x + turn * gridDim.x; }
+  __device__ bool Any(unsigned turn) const { return Index(turn) < cut.items; }
+  __device__ Item Find(const AttentionParams& params, unsigned turn) const {
+    return FindItem<T::kConsumers>(params, cut, Index(turn));
+  }
+};
+
+// A plan of a tile: from bit kViewBits * g on, what warpgroup g sees of it.
+constexpr uint32_t kLastOfItem = 1 << 12;
+constexpr int kTileShift = 13;
+
+}  // namespace jax_sage::sm90
