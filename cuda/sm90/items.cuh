@@ -13,8 +13,7 @@ struct Item : Position {
 template <int kConsumers>
 __device__ __forceinline__ Item FindItem(const AttentionParams& params, const Cut& cut,
                                          unsigned index) {
-  const Place place =
-      FindPlace(cut, kConsumers, index, params.is_causal || params.masks.rows != nullptr);
+  const Place place = FindPlace(cut, kConsumers, index);
   // Query heads are in the order of their key/value heads, so the group divides both at once.
   const unsigned kv_head = place.head / (params.heads / params.kv_heads);
   return {{static_cast<int>(place.first_group) * 64, place.head, kv_head},

@@ -2,7 +2,7 @@
 //
 // An item has up to kConsumers groups of 64 queries of one head, one for each consumer warpgroup.
 // With all of them an SM gets most done; with fewer, an item is done sooner. CTAs stay on their
-// SMs and take every so-manieth item.
+// SMs and take an item of each round of as many items as there are CTAs.
 #pragma once
 
 #include <algorithm>
@@ -17,13 +17,13 @@
 namespace jax_sage::sm90 {
 
 // Items of each head: `whole` with all groups, then those of `groups`, of which the last may have
-// fewer. Those of all heads are ordered likewise: the smallest fill the end, unless the longest go
-// first.
+// fewer. Those of all heads are ordered likewise: the smallest fill the end.
 struct Cut {
   unsigned items;  // of all heads
   unsigned heads;  // of all batch entries
   unsigned whole;
   unsigned groups;
+  bool longest_first;  // later queries see more: those of all heads, the last first
 };
 
 // Groups of a head.
@@ -31,9 +31,15 @@ struct Place {
   unsigned head, first_group, groups;  // the last groups of a head may not exist
 };
 
-// Where an item is. `longest_first`: later queries see more.
-JAX_SAGE_HOST_DEVICE Place FindPlace(const Cut& cut, unsigned consumers, unsigned index,
-                                     bool longest_first) {
+// The number of a CTA's item of a round. Where each round's items are shorter than those before,
+// rounds go forth and back: going forth alone, the first CTA would work longer than the last by a
+// whole item, a tenth of all at 8 rounds.
+JAX_SAGE_HOST_DEVICE unsigned IndexOf(const Cut& cut, unsigned cta, unsigned ctas, unsigned round) {
+  return round * ctas + (cut.longest_first && round % 2 != 0 ? ctas - 1 - cta : cta);
+}
+
+// Where an item is.
+JAX_SAGE_HOST_DEVICE Place FindPlace(const Cut& cut, unsigned consumers, unsigned index) {
   const unsigned whole_items = cut.whole * cut.heads;
   if (index < whole_items) {  // head by head, for the sake of the L2 cache
     return {index / cut.whole, index % cut.whole * consumers, consumers};
@@ -41,7 +47,7 @@ JAX_SAGE_HOST_DEVICE Place FindPlace(const Cut& cut, unsigned consumers, unsigne
   // Over all heads. Masks: heads that share one read the same part of it at the same time.
   index -= whole_items;
   unsigned tile = index / cut.heads;
-  if (longest_first) tile = (cut.items - whole_items) / cut.heads - 1 - tile;
+  if (cut.longest_first) tile = (cut.items - whole_items) / cut.heads - 1 - tile;
   return {index % cut.heads, cut.whole * consumers + tile * cut.groups, cut.groups};
 }
 
@@ -83,7 +89,7 @@ inline Cut CutQueries(int64_t heads, int64_t length_q, int consumers, unsigned s
     if (best.groups != 0 && time >= best_time) return;
     best_time = time;
     best = {static_cast<unsigned>(counts[0] + counts[1] + counts[2]), static_cast<unsigned>(heads),
-            static_cast<unsigned>(whole), static_cast<unsigned>(size)};
+            static_cast<unsigned>(whole), static_cast<unsigned>(size), !alike};
   };
   const int64_t most = alike ? groups / consumers : 0;
   consider(most, consumers);

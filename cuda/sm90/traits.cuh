@@ -151,11 +151,13 @@ struct Ring {
   }
 };
 
-// The items of this CTA, in turns: of all of them every gridDim.x-th.
+// The items of this CTA, in turns: one of each round.
 template <class T>
 struct Work {
   const Cut& cut;
-  __device__ static unsigned Index(unsigned turn) { return blockIdx.x + turn * gridDim.x; }
+  __device__ unsigned Index(unsigned turn) const {
+    return IndexOf(cut, blockIdx.x, gridDim.x, turn);
+  }
   __device__ bool Any(unsigned turn) const { return Index(turn) < cut.items; }
   __device__ Item Find(const AttentionParams& params, unsigned turn) const {
     return FindItem<T::kConsumers>(params, cut, Index(turn));
