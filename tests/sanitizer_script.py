@@ -18,14 +18,15 @@ CASES = [
     (1, 129, 65, 2, 1, 64, "bfloat16", "8+16", False),
     (2, 67, 191, 4, 2, 128, "float32", "8+16", True),
     (1, 33, 513, 1, 1, 40, "float16", "8+16", False),
+    (1, 130, 4200, 1, 1, 64, "bfloat16", "8+8", False),  # in larger tiles than fewer keys
 ]
 # For these there are none on mma.sync.
 LARGE = [
     (1, 129, 200, 2, 1, 256, "bfloat16", "8+8", True),
     (1, 70, 300, 2, 2, 200, "float32", "8+16", False),
 ]
-# More query tiles (288) than any GPU has SMs, more tiles of keys than stages: a persistent kernel
-# goes round. Those on mma.sync are not persistent.
+# More items than any GPU has SMs (on Hopper 160 of 256 queries), more tiles of keys than stages: a
+# persistent kernel goes round. Those on mma.sync are not persistent.
 MANY_TILES = (2, 1100, 700, 16, 2, 64, "bfloat16", "8+8", True)
 # (recipe, mma_sync, exact_lse, what there is of masks, shape), one for each kernel on wgmma.
 MANY, FEW = (2, 1100, 700, 16, 2, 64), (2, 150, 300, 2, 1, 128)

@@ -150,13 +150,29 @@ def test_not_finite_is_as_in_portable(is_causal, mma_sync):
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @BOTH_MASKS
 def test_more_query_tiles_than_sms(head_dim, is_causal):
-    """432 query tiles: a persistent kernel works off several, with different numbers of keys."""
+    """A persistent kernel works off several items, causal with different numbers of keys.
+
+    With four warpgroups, 240 items of 256 queries: two rounds, the second of which goes back.
+    """
     skip_without_kernel(head_dim)
     q, k, v = inputs("normal", (2, 1100, 24, head_dim), (2, 1300, 8, head_dim))
     check(q, k, v, recipe="8+8", is_causal=is_causal)
     without_lse = jax_sage.attention(q, k, v, is_causal=is_causal)
     with_lse, _ = jax_sage.attention(q, k, v, is_causal=is_causal, return_residual=True)
     np.testing.assert_array_equal(np.asarray(without_lse), np.asarray(with_lse))
+
+
+@BOTH_MASKS
+def test_more_keys_than_small_tiles_take(is_causal):
+    """Heads of 64 with more than 4096 keys run in larger tiles; here in four rounds of items."""
+    q, k, v = inputs("normal", (1, 4300, 18, 64), (1, 4300, 2, 64))
+    without_lse = jax_sage.attention(q, k, v, is_causal=is_causal)
+    out, lse = jax_sage.attention(q, k, v, is_causal=is_causal, return_residual=True)
+    np.testing.assert_array_equal(np.asarray(without_lse), np.asarray(out))
+    some = [0, 17]  # a query head of each key/value head
+    expected = reference.analyse(q[:, :, some], k, v, is_causal=is_causal)
+    out, lse = np.asarray(out)[:, :, some], np.asarray(lse)[:, :, some]
+    reference.assert_accurate(out, lse, expected)
 
 
 def head_of_large(shape, batch_or_head, seed):

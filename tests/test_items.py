@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Each group of 64 queries of each head once, for all shapes; and prints how some shapes are cut,
-# and how even the work of the CTAs is.
+# Each group of 64 queries of each head once, for a grid of shapes; and prints how some shapes are
+# cut, and how even the work of the CTAs is.
 PROGRAM = r"""
 #include <cstdio>
 #include <vector>
@@ -97,8 +97,9 @@ def test_items_are_all_queries_once(tmp_path):
     result = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
     # 512 queries of 16 heads: 128 groups, one for each of 132 SMs. 1024: two for each of 128. 4096
-    # of 64: in items of three alone 11 rounds, of which the last has 24 of 132 items; as it is, 20
-    # of 22 are cut like this, and two smaller items of each head fill the end.
+    # of 64: in items of three alone, and one that is left over of each head, 11 rounds that end
+    # with small items; as it is, 20 of 22 are cut like this, and two of two groups of each head
+    # fill the end more evenly.
     assert result.stdout.splitlines() == [
         "16 x 512: 128 items, 0 whole ones a head, then of 1",
         "16 x 1024: 128 items, 0 whole ones a head, then of 2",

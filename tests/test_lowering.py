@@ -167,6 +167,17 @@ def test_buffers(recipe, dtype):
 
 @needs_module
 @pytest.mark.parametrize(
+    ("batch", "length", "heads", "parts"),
+    # Of 256 keys of 128 channels each; at most 64, or as many as fill a GPU where heads are few.
+    [(16, 1024, 16, 4), (1, 32768, 16, 64), (1, 131072, 4, 128), (1, 131072, 1, 256)],
+)
+def test_parts_of_the_statistics(batch, length, heads, parts):
+    calls = custom_calls(lower((batch, length, heads, 128)))
+    assert signature(calls["jax_sage_quantize"])[1][9] == ((batch, heads, parts, 6, 128), "f32")
+
+
+@needs_module
+@pytest.mark.parametrize(
     ("query", "key"),
     [((300, 4, 64), (300, 4, 64)), ((1, 1, 2, 300, 6, 64), (1, 1, 2, 77, 3, 64))],
 )
