@@ -142,7 +142,7 @@ def policies_of_copies(functions: list[tuple[str, str]]) -> set[int]:
     return found
 
 
-@pytest.mark.parametrize("arch", [80, 89, 90, 120])
+@pytest.mark.parametrize("arch", [90, 120])  # and 80 with segments, below
 def test_quantization_is_legal_code(arch, tmp_path):
     module = kernels.module()
     if module is not None and arch in module.architectures():
