@@ -142,22 +142,22 @@ def policies_of_copies(functions: list[tuple[str, str]]) -> set[int]:
     return found
 
 
-@pytest.mark.parametrize("arch", [90, 120])  # and 80 with segments, below
-def test_quantization_is_legal_code(arch, tmp_path):
+def test_quantization_is_legal_code(tmp_path):
+    """For Hopper; with segments, below, for an A100 too."""
     module = kernels.module()
-    if module is not None and arch in module.architectures():
+    if module is not None and 90 in module.architectures():
         binary = Path(module.__file__)
     else:
         binary = tmp_path / "kernels.cubin"
-        compile_kernels(ROOT / "cuda/quantize/quantize.cu", str(arch), binary)
-    functions = cuobjdump("-sass", str(arch), binary)
+        compile_kernels(ROOT / "cuda/quantize/quantize.cu", "90", binary)
+    functions = cuobjdump("-sass", "90", binary)
     policies = policies_of_copies(functions)
     assert policies
     assert all(register % 2 == 0 for register in policies)
-    if arch == 90:  # lets the attention's CTAs start while the last of its own run
-        plain = [text for name, text in functions if "8Quantize" in name]
-        assert plain
-        assert all("PREEXIT" in text for text in plain)
+    # It lets the attention's CTAs start while the last of its own run.
+    plain = [text for name, text in functions if "8Quantize" in name]
+    assert plain
+    assert all("PREEXIT" in text for text in plain)
 
 
 @pytest.mark.parametrize("arch", ["80", "90"])
