@@ -271,7 +271,7 @@ ffi::Error LaunchAttention(const AttentionParams& params, bool fp8_value, bool f
     bool on_hopper = false;
     if (auto error = IsOnHopper(kCall, on_hopper); error.failure()) return error;
     if (on_hopper) {
-      if (params.masks.rows != nullptr) {
+      if (!params.masks.AreIntervals() || params.masks.bias != nullptr) {
         return FromCuda(kCall, fp8_value ? sm90::LaunchMaskedFp8(params, stream)
                                          : sm90::LaunchMaskedFp16(params, stream));
       }

@@ -38,6 +38,9 @@ struct MaskParams {
   const void* bias;
   DType bias_type;
   int64_t bias_batch_stride, bias_head_stride, bias_row_stride, bias_column_stride;
+
+  // Whether a query's interval says all about what it sees.
+  bool AreIntervals() const { return words == nullptr && query_ids == nullptr; }
 };
 
 // Tp and Sp are the padded lengths, Hp the padded head dimension (64, 128 or 256).

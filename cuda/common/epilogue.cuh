@@ -106,9 +106,13 @@ template <bool kMasked, int kHeadDim>
 __device__ __forceinline__ void PrepareOutput(OutputTable<kHeadDim>& table,
                                               const AttentionParams& params,
                                               const Position& position, int thread, int threads) {
+  // With masks, what is not finite is marked later: who sees it is not a matter of the first key.
+  const bool is_marked = kMasked || params.masks.rows != nullptr;
   const int32_t* first_bad = params.first_bad + position.kv_head * kBadRows * kHeadDim;
   if (thread == 0) {
-    if constexpr (!kMasked) table.first_bad_key = first_bad[kBadKey * kHeadDim];
+    if constexpr (!kMasked) {
+      table.first_bad_key = is_marked ? kNever : first_bad[kBadKey * kHeadDim];
+    }
     table.first_query = position.first_row;
     table.query_row = position.head * params.padded_q;
     table.output_row = position.head / params.heads * params.length_q * params.heads +
@@ -132,7 +136,7 @@ __device__ __forceinline__ void PrepareOutput(OutputTable<kHeadDim>& table,
   }
   const float* channels = params.channels + position.kv_head * kChannelRows * kHeadDim;
   const long long* code_sum = params.value_code_sum + position.kv_head * kHeadDim;
-  const float per_key = kMasked ? params.per_counted_key[position.kv_head] : params.per_key;
+  const float per_key = is_marked ? params.per_counted_key[position.kv_head] : params.per_key;
 #pragma unroll 1
   for (int c = thread; c < kHeadDim; c += threads) {
     const float scale = channels[kValueScale * kHeadDim + c];
@@ -142,7 +146,9 @@ __device__ __forceinline__ void PrepareOutput(OutputTable<kHeadDim>& table,
     table.scale[c] = scale;
     // 0: nothing was taken from V, and nothing is given back.
     table.offset[c] = average == 0 ? 0 : average - scale * code_mean;
-    if constexpr (!kMasked) table.first_bad[c] = first_bad[kBadValue * kHeadDim + c];
+    if constexpr (!kMasked) {
+      table.first_bad[c] = is_marked ? kNever : first_bad[kBadValue * kHeadDim + c];
+    }
   }
 }
 
@@ -164,7 +170,6 @@ __device__ __forceinline__ void FinishRows(const AttentionParams& params,
     q_dot_mean[half] = kFirst == 0 && (lane & 3) == 0 && this_row < params.length_q
                            ? params.q_dot_mean[table.query_row + this_row]
                            : 0;
-    // With masks, what is not finite is marked later: who sees it is not a matter of the first key.
     last_key[half] = kMasked            ? -1
                      : params.is_causal ? min(this_row, params.length_kv - 1)
                                         : params.length_kv - 1;

@@ -10,7 +10,9 @@
 
 namespace jax_sage {
 
-enum class Masking { kPlain, kMasked, kBiased };  // kPlain may be causal, kBiased is masked too
+// Without a mask or segments queries may still see intervals only: on Hopper any, elsewhere those
+// of a causal mask, and there is no kPlainBiased.
+enum class Masking { kPlain, kPlainBiased, kMasked, kMaskedBiased };
 
 // What queries see of a tile: nothing, or what these bits leave to be looked at key by key.
 enum TileView : unsigned {
@@ -142,8 +144,9 @@ struct SeenKeys {
   }
   template <int kFrom, int kTo>
   __device__ __forceinline__ int Count(int half) const {
-    static_assert(kFrom == 0 && kTo == kKeys);
-    int count = __popc(bits[half] & (0xff00u >> (kKeys / 16) & 0xff) * 0x01010101u);
+    static_assert(kFrom % 16 == 0 && kTo % 16 == 0);
+    const uint32_t columns = (0xffu >> (kFrom / 16) & 0xff00u >> (kTo / 16)) * 0x01010101u;
+    int count = __popc(bits[half] & columns);
     count += __shfl_xor_sync(0xffffffffu, count, 1);
     return count + __shfl_xor_sync(0xffffffffu, count, 2);
   }

@@ -101,7 +101,7 @@ template <class Pv_, class Acc_, int kHeadDim_, int kWarps_, Masking kMasking = 
 struct Traits {
   using Pv = Pv_;
   static constexpr bool kMasked = kMasking != Masking::kPlain;
-  static constexpr bool kBiased = kMasking == Masking::kBiased;
+  static constexpr bool kBiased = kMasking == Masking::kMaskedBiased;
   using Acc = Acc_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kWarps = kWarps_;
@@ -486,7 +486,7 @@ cudaError_t Launch(const AttentionParams& params, cudaStream_t stream) {
 template <class Pv, class Acc, int kHeadDim>
 cudaError_t LaunchMasked(const AttentionParams& params, cudaStream_t stream) {
   return params.masks.bias != nullptr
-             ? Launch<Traits<Pv, Acc, kHeadDim, 8, Masking::kBiased>>(params, stream)
+             ? Launch<Traits<Pv, Acc, kHeadDim, 8, Masking::kMaskedBiased>>(params, stream)
              : Launch<Traits<Pv, Acc, kHeadDim, 8, Masking::kMasked>>(params, stream);
 }
 template <class Pv>

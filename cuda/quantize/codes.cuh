@@ -281,8 +281,8 @@ __device__ __forceinline__ void ZeroKeyCodes(const QuantizeParams& params, int h
                                              int count) {
   const int64_t index = head * static_cast<int64_t>(params.padded_kv) + first;
   StoreZeros<kHeadDim>(params.k + index * kHeadDim, count * kHeadDim);
-  if (threadIdx.x < count / kBlockKv * kKeyScales) {
-    params.k_scale[index / kBlockKv * kKeyScales + threadIdx.x] = kAbsmaxFloor * (1.0f / kInt8Max);
+  for (int i = threadIdx.x; i < count / kBlockKv * kKeyScales; i += kThreads<kHeadDim>) {
+    params.k_scale[index / kBlockKv * kKeyScales + i] = kAbsmaxFloor * (1.0f / kInt8Max);
   }
 }
 

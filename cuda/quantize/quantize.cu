@@ -44,19 +44,29 @@ __device__ __forceinline__ void MakePart(const QuantizeParams& params, const Pla
                                          Shared<In, kHeadDim>& shared, int head, int part,
                                          bool is_codes) {
   using T = Tokens<In, kAccess, kHeadDim>;
-  const T tokens(kTensor == kKey ? params.key : params.value, head, params.kv_heads,
-                 params.length_kv, params.head_dim, SeenBy(params, head));
+  T tokens(kTensor == kKey ? params.key : params.value, head, params.kv_heads, params.length_kv,
+           params.head_dim, SeenBy(params, head));
   const int64_t start = static_cast<int64_t>(part) * plan.tokens_per_part;
   const int64_t length = is_codes ? params.padded_kv : params.length_kv;
   const int end = static_cast<int>(min(start + plan.tokens_per_part, length));
   const int begin = static_cast<int>(min(start, static_cast<int64_t>(end)));
-  Stream<kTensor, T> stream(tokens, shared.ring, begin, end, is_codes);
+  const bool counts = PartCounts(tokens, begin, end);
+  const int end_counted = counts ? end : begin;
+  Stream<kTensor, T> stream(tokens, shared.ring, begin, end_counted, is_codes);
   if (!is_codes) {
     MakeStatistics<kTensor>(params, plan, shared.of_item.statistics, tokens, stream, head, part,
-                            begin, end);
+                            begin, end_counted);
     return;
   }
   if (begin == end) return;
+  if (!counts) {
+    if (kTensor == kKey) {
+      ZeroKeyCodes<kHeadDim>(params, head, begin, end - begin);
+    } else {
+      ZeroValueCodes<kHeadDim>(params, head, begin, end - begin);
+    }
+    return;
+  }
   if constexpr (kTensor == kKey) {
     MakeKeyCodes<T>(params, shared.of_item.key, tokens, stream, head, begin, end);
   } else if (params.fp8_value) {

@@ -306,13 +306,9 @@ __device__ __forceinline__ void MakeStatistics(const QuantizeParams& params, con
                                                int begin, int end) {
   const int c = threadIdx.x;
   if (c < kHeadDim) shared.bad[c] = kNever;
-  ChannelStatistics all;
-  if (PartCounts<kHeadDim>(tokens, begin, end - begin)) {  // and all see `shared`
-    const Statistics of_thread = StatisticsOf<kTensor>(tokens, stream, begin, end, shared.bad);
-    all = Combine<kTensor == kValue>(shared, of_thread);
-  } else {
-    ptx::CopyAsyncWait<0>();  // nothing is under way when the CTA ends
-  }
+  __syncthreads();
+  const Statistics of_thread = StatisticsOf<kTensor>(tokens, stream, begin, end, shared.bad);
+  const ChannelStatistics all = Combine<kTensor == kValue>(shared, of_thread);
 
   const int64_t index = head * static_cast<int64_t>(params.parts) + part;
   float* out = params.partials + index * (kPartialRows * kHeadDim) + c;

@@ -261,18 +261,22 @@ __device__ __forceinline__ bool ChunkCounts(const T& tokens, int first) {
   __syncthreads();
   return true;
 }
-// Whether one of `count` tokens does. Synchronizes.
-template <int kHeadDim, class T>
-__device__ __forceinline__ bool PartCounts(const T& tokens, int first, int count) {
+// Whether one of the tokens `begin` to `end` - 1 does. Where all do, nothing is looked up from here
+// on. Synchronizes, if it looks.
+template <class T>
+__device__ __forceinline__ bool PartCounts(T& tokens, int begin, int end) {
   if constexpr (T::kHasUnseen) {
-    bool some = false;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < count; i += kThreads<kHeadDim>) {
-      some |= tokens.Counts(first + i);
+    bool some = false, all = true;
+#pragma unroll 1
+    for (int token = begin + threadIdx.x; token < min(end, tokens.length); token += blockDim.x) {
+      const bool counts = tokens.Counts(token);
+      some |= counts;
+      all &= counts;
     }
-    return __syncthreads_or(some);
+    some = __syncthreads_or(some);
+    if (__syncthreads_and(all)) tokens.seen = nullptr;
+    return some;
   }
-  __syncthreads();
   return true;
 }
 

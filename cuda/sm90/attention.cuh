@@ -57,13 +57,13 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
   Ring<T::kStages> ring;
   for (unsigned turn = 0; work.Any(turn); ++turn) {
     ptx::BarrierWait(barriers.QFull(warpgroup), turn & 1);
-    const uint32_t first_row_slot = shared + T::kFirstRows + warpgroup * T::kRowsBytes;
-    const int group_row = ptx::LoadSharedAs<int>(first_row_slot);
+    const uint32_t rows = shared + T::Rows(warpgroup, turn);
+    const int group_row = ptx::LoadSharedAs<int>(rows + T::kRowAt);
     std::conditional_t<T::kQInRegisters, QueryFragments<T::kHeadDim>, uint64_t> q;
     if constexpr (!T::kQInRegisters) {
       q = ptx::Descriptor<T::kBoxRow>(shared + T::kQ + warpgroup * T::kQBytes);
     } else if (group_row < params.length_q) {
-      q.Load(ptx::LoadSharedAs<const int8_t*>(first_row_slot + 24), 16 * warp + lane / 4, lane);
+      q.Load(ptx::LoadSharedAs<const int8_t*>(rows + T::kQAt), 16 * warp + lane / 4, lane);
     }
     Scores<T> scores;
     Pv sums(output + lane * 16);
@@ -118,29 +118,47 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       sums.Retire(count);
       release(barriers.VEmpty(stage));
     };
+    // Of the warpgroup's row, half of this thread's two.
+    const auto interval_of = [&](int half) {
+      return ptx::LoadSharedAs<int2>(shared + T::kIntervals + warpgroup * T::kIntervalBytes +
+                                     (16 * warp + lane / 4 + 8 * half) * 8);
+    };
+    const auto row = [&] { return group_row + 16 * warp + lane / 4; };
+    const auto batch = [&] { return ptx::LoadSharedAs<int>(rows + T::kBatchAt); };
+    [[maybe_unused]] const auto head = [&] { return ptx::LoadSharedAs<int>(rows + T::kHeadAt); };
+    [[maybe_unused]] int bias_row = 0;
+    if constexpr (T::kCopiesBias) {
+      bias_row = ptx::LoadSharedAs<int>(rows + T::kBiasRowAt) + bias.FirstRow(bias_warp % 4);
+      bias_row = __shfl_sync(0xffffffffu, bias_row, 0);
+    }
+    // Of each tile of keys that the warpgroup looks at, in order.
+    const auto copy_bias = [&](int tile) {
+      if constexpr (T::kCopiesBias) {
+        if (bias.IsCopied()) bias.Copy(maps, tile, bias_row);
+      }
+    };
+    const auto read_bias = [&](int tile) {
+      if constexpr (T::kCopiesBias) {
+        if (bias.IsCopied()) {
+          bias.Read(scores.bias[0], lane);
+        } else {
+          BiasRows(params, batch(), head(), row()).Spread(scores.bias[0]);
+        }
+      } else if constexpr (T::kBiased) {
+        BiasRows(params, batch(), head(), row()).Load(scores.bias[0], tile * T::kTile, lane);
+      }
+    };
     int my_tiles;
     if constexpr (T::kMasked) {
       my_tiles = 0;
-      const int row = group_row + 16 * warp + lane / 4;
-      const auto batch = [&] { return ptx::LoadSharedAs<int>(first_row_slot + 4); };
-      const auto head = [&] { return ptx::LoadSharedAs<int>(first_row_slot + 8); };
       uint32_t plan, words[2];
-      [[maybe_unused]] int bias_row = 0;
-      if constexpr (T::kCopiesBias) {
-        bias_row = ptx::LoadSharedAs<int>(first_row_slot + 12) + bias.FirstRow(bias_warp % 4);
-        bias_row = __shfl_sync(0xffffffffu, bias_row, 0);
-      }
       const auto load_plan = [&] {
         load_scales();
         plan = ptx::LoadSharedAs<uint32_t>(shared + T::kPlans + ring.stage * 4);
-        if constexpr (T::kCopiesBias) {
-          if ((plan >> (kViewBits * warpgroup) & kAll) && bias.IsCopied()) {
-            bias.Copy(maps, static_cast<int>(plan >> kTileShift), bias_row);
-          }
-        }
+        if (plan >> (kViewBits * warpgroup) & kAll) copy_bias(static_cast<int>(plan >> kTileShift));
         // Far away: needed after the next QK^T.
         if (plan >> (kViewBits * warpgroup) & kByMask) {
-          const auto* mask_row = ptx::LoadSharedAs<const uint32_t*>(first_row_slot + 16);
+          const auto* mask_row = ptx::LoadSharedAs<const uint32_t*>(rows + T::kMaskAt);
           const int first = static_cast<int>(plan >> kTileShift) * T::kTile;
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
@@ -164,16 +182,8 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
           continue;
         }
         const auto softmax = [&](auto blocks, uint32_t (&p)[T::kBlocks][Pv::kRegisters]) {
-          const int first = static_cast<int>(plan >> kTileShift) * T::kTile;
-          if constexpr (T::kCopiesBias) {
-            if (bias.IsCopied()) {
-              bias.Read(scores.bias[0], lane);
-            } else {
-              BiasRows(params, batch(), head(), row).Spread(scores.bias[0]);
-            }
-          } else if constexpr (T::kBiased) {
-            BiasRows(params, batch(), head(), row).Load(scores.bias[0], first, lane);
-          }
+          const int tile = static_cast<int>(plan >> kTileShift), first = tile * T::kTile;
+          read_bias(tile);
           if (view == kAll) {
             scores.Softmax(blocks, p, sums, my_tiles == 0, Everything(), T::kTile, opaque_zero);
             return;
@@ -183,13 +193,10 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
           for (int half = 0; half < 2; ++half) {
             seen.bits[half] = view & kByMask ? words[half] : ~0u;
             if (view & kByInterval) {
-              const int2 interval =
-                  ptx::LoadSharedAs<int2>(shared + T::kIntervals + warpgroup * T::kIntervalBytes +
-                                          (16 * warp + lane / 4 + 8 * half) * 8);
-              seen.bits[half] &= ColumnsOf<T::kTile>(interval, first + 2 * (lane & 3));
+              seen.bits[half] &= ColumnsOf<T::kTile>(interval_of(half), first + 2 * (lane & 3));
             }
             if (view & kBySegment) {
-              const int id = SegmentOf(params.masks, batch(), row + 8 * half);
+              const int id = SegmentOf(params.masks, batch(), row() + 8 * half);
               seen.bits[half] &= ColumnsOfSegment<T::kTile>(params.masks, batch(), id, first, lane);
             }
           }
@@ -202,43 +209,59 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
         ++my_tiles;
       } while (!is_last);
     } else {
-      const int tiles = ptx::LoadSharedAs<int>(first_row_slot + 4);  // of the item
-      my_tiles = CountTiles<T::kTile>(params, group_row, kRows);
-      // Tiles that all rows of this warpgroup see in full.
-      const int full_tiles =
-          (params.is_causal ? min(params.length_kv, group_row + 1) : params.length_kv) / T::kTile;
-      const int row = group_row + 16 * warp + lane / 4;
-      if (my_tiles > 0) load_scales();
+      // Tiles of the item that only the other warpgroups see.
+      const auto pass = [&](int tiles) {
 #pragma unroll 1
-      for (int tile = 0; tile < my_tiles; ++tile) {
+        for (; tiles > 0; --tiles, ring.Next()) {
+          ptx::BarrierWait(barriers.KFull(ring.stage), ring.parity);
+          ptx::BarrierArrive(barriers.KEmpty(ring.stage));
+          ptx::BarrierWait(barriers.VFull(ring.stage), ring.parity);
+          release(barriers.VEmpty(ring.stage));
+        }
+      };
+      const auto item_first = [&] { return ptx::LoadSharedAs<int>(rows + T::kItemAt); };
+      Extent mine{};
+      if (group_row < params.length_q) {
+        mine = ExtentOf<T::kTile>(params.masks.rows != nullptr
+                                      ? ptx::LoadSharedAs<int4>(rows + T::kBoundsAt)
+                                      : BoundsOf(params, group_row, kRows));
+      }
+      my_tiles = mine.end - mine.first;
+      if (my_tiles == 0) mine.first = mine.end = item_first();
+      pass(mine.first - item_first());
+      const auto load_tile = [&](int tile) {
+        load_scales();
+        copy_bias(tile);
+      };
+      if (my_tiles > 0) load_tile(mine.first);
+#pragma unroll 1
+      for (int tile = mine.first; tile < mine.end; ++tile) {
         const auto softmax = [&](auto blocks, uint32_t (&p)[T::kBlocks][Pv::kRegisters]) {
-          if (tile < full_tiles) {
-            scores.Softmax(blocks, p, sums, tile == 0, Everything(), T::kTile, opaque_zero);
+          read_bias(tile);
+          if (tile >= mine.first_whole && tile < mine.end_whole) {
+            scores.Softmax(blocks, p, sums, tile == mine.first, Everything(), T::kTile,
+                           opaque_zero);
             return;
           }
-          const auto keys = [&](int row) {  // of this tile
-            return (params.is_causal ? min(row + 1, params.length_kv) : params.length_kv) -
-                   tile * T::kTile;
-          };
-          const int first_key = 2 * (lane & 3);
-          const KeysBelow seen{{keys(row) - first_key, keys(row + 8) - first_key}};
-          scores.Softmax(blocks, p, sums, tile == 0, seen, keys(group_row + kRows - 1),
-                         opaque_zero);
+          SeenKeys<T::kTile> seen;
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            int2 interval = make_int2(0, params.length_kv);
+            if (params.is_causal) {
+              interval.y = min(row() + 8 * half + 1, interval.y);
+            }
+            if (params.masks.rows != nullptr) interval = interval_of(half);
+            seen.bits[half] = ColumnsOf<T::kTile>(interval, tile * T::kTile + 2 * (lane & 3));
+          }
+          scores.Softmax(blocks, p, sums, tile == mine.first, seen, T::kTile, opaque_zero);
         };
-        compute(tile, tile + 1 == my_tiles, softmax, [&] {
+        compute(tile - mine.first, tile + 1 == mine.end, softmax, [&] {
           ring.Next();
-          if (tile + 1 < my_tiles) load_scales();
+          if (tile + 1 < mine.end) load_tile(tile + 1);
         });
       }
       if (my_tiles == 0) ptx::BarrierArrive(barriers.QEmpty(warpgroup));
-      // Tiles that only the other warpgroups see.
-#pragma unroll 1
-      for (int tile = my_tiles; tile < tiles; ++tile, ring.Next()) {
-        ptx::BarrierWait(barriers.KFull(ring.stage), ring.parity);
-        ptx::BarrierArrive(barriers.KEmpty(ring.stage));
-        ptx::BarrierWait(barriers.VFull(ring.stage), ring.parity);
-        release(barriers.VEmpty(ring.stage));
-      }
+      pass(ptx::LoadSharedAs<int>(rows + T::kItemAt + 4) - mine.end);
     }
     float row_sum[2];
     sums.FinishRowSums(row_sum, scores.sum, my_tiles);
@@ -247,7 +270,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       scores.sum[1] = row_sum[1] / 4;
     }
     ptx::BarrierWait(barriers.TableFull(), turn & 1);
-    if (group_row < params.length_q) {
+    if (ptx::LoadSharedAs<int>(rows + T::kRowAt) < params.length_q) {
       const int first_row = table.first_query + warpgroup * kRows + 16 * warp;
       // By turns, where all channels at once would be too many registers.
       const auto finish = [&](auto first) {
@@ -333,7 +356,7 @@ cudaError_t Launch(const AttentionParams& params, cudaStream_t stream) {
   error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
   const Cut cut = CutQueries(static_cast<int64_t>(heads), params.length_q, T::kConsumers, sms,
-                             !T::kMasked && !params.is_causal);
+                             !T::kMasked && !params.is_causal && params.masks.rows == nullptr);
   const unsigned ctas = std::min(cut.items, static_cast<unsigned>(sms));
   // CTAs may start while the last of the quantization run, and wait for them: launch and prologue
   // take no time of their own then. Graphs are captured a custom call at a time, where there is

@@ -13,8 +13,9 @@ cudaError_t LaunchAttentionFp16(const AttentionParams& params, cudaStream_t stre
   if (params.padded_head_dim == 64) return LaunchFor<PvFp16<64, 128>>(params, stream);
   if (params.padded_head_dim == 256) return LaunchFor<PvFp16<256>>(params, stream);
   // Large tiles are faster, but more of them are masked in part.
-  return params.is_causal ? LaunchFor<PvFp16<128>>(params, stream)
-                          : LaunchFor<PvFp16<128, 128>>(params, stream);
+  return params.is_causal || params.masks.rows != nullptr
+             ? LaunchFor<PvFp16<128>>(params, stream)
+             : LaunchFor<PvFp16<128, 128>>(params, stream);
 }
 
 }  // namespace jax_sage::sm90

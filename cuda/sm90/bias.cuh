@@ -52,14 +52,9 @@ __device__ __forceinline__ int RowOfBias(const AttentionParams& params, int batc
 template <int kEmpty>
 class BiasBuffer {
  public:
-  // By shuffles, so that what tells kinds of bias apart is in uniform registers: constants are
-  // loaded where they are used, and waited for.
   __device__ __forceinline__ BiasBuffer(uint32_t buffer, uint32_t full, const TensorMaps& maps,
                                         DType type)
-      : buffer_(buffer),
-        full_(full),
-        bytes_(__shfl_sync(0xffffffffu, maps.bias_bytes, 0)),
-        type_(static_cast<DType>(__shfl_sync(0xffffffffu, static_cast<int>(type), 0))) {}
+      : buffer_(buffer), full_(full), bytes_(maps.bias_bytes), type_(type) {}
 
   // Otherwise all keys have the same, and there is nothing to copy.
   __device__ __forceinline__ bool IsCopied() const { return bytes_ != 0; }

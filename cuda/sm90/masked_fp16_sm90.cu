@@ -5,9 +5,13 @@ namespace jax_sage::sm90 {
 
 template <int kHeadDim>
 static cudaError_t LaunchFor(const AttentionParams& params, cudaStream_t stream) {
-  return params.masks.bias != nullptr
-             ? Launch<Traits<PvFp16<kHeadDim>, true, Masking::kBiased>>(params, stream)
-             : Launch<Traits<PvFp16<kHeadDim>, true, Masking::kMasked>>(params, stream);
+  using Pv = PvFp16<kHeadDim>;
+  if (params.masks.bias == nullptr) {
+    return Launch<Traits<Pv, true, Masking::kMasked>>(params, stream);
+  }
+  return params.masks.AreIntervals()
+             ? Launch<Traits<Pv, true, Masking::kPlainBiased>>(params, stream)
+             : Launch<Traits<Pv, true, Masking::kMaskedBiased>>(params, stream);
 }
 
 cudaError_t LaunchMaskedFp16(const AttentionParams& params, cudaStream_t stream) {

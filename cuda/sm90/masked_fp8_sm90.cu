@@ -5,10 +5,13 @@ namespace jax_sage::sm90 {
 
 template <int kHeadDim, bool kExactSum>
 static cudaError_t LaunchFor(const AttentionParams& params, cudaStream_t stream) {
-  return params.masks.bias != nullptr
-             ? Launch<Traits<PvFp8<kHeadDim, kBiasTile>, kExactSum, Masking::kBiased>>(params,
-                                                                                       stream)
-             : Launch<Traits<PvFp8<kHeadDim>, kExactSum, Masking::kMasked>>(params, stream);
+  using WithBias = PvFp8<kHeadDim, kBiasTile>;
+  if (params.masks.bias == nullptr) {
+    return Launch<Traits<PvFp8<kHeadDim>, kExactSum, Masking::kMasked>>(params, stream);
+  }
+  return params.masks.AreIntervals()
+             ? Launch<Traits<WithBias, kExactSum, Masking::kPlainBiased>>(params, stream)
+             : Launch<Traits<WithBias, kExactSum, Masking::kMaskedBiased>>(params, stream);
 }
 
 template <int kHeadDim>

@@ -53,9 +53,10 @@ __device__ __forceinline__ void ProduceKv(const AttentionParams& params, const T
   Ring<T::kStages> ring;
   for (unsigned turn = 0; work.Any(turn); ++turn) {
     const Item item = work.Find(params, turn);
-    const int tiles = CountTiles<T::kTile>(params, item.first_row, item.groups * kRows);
+    const Extent extent =
+        FindExtent<T::kTile>(params, item.head, item.first_row, item.groups * kRows);
 #pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile, ring.Next()) {
+    for (int tile = extent.first; tile < extent.end; ++tile, ring.Next()) {
       LoadStage<T>(params, maps, static_cast<int>(item.kv_head), tile, 0, shared, barriers, ring);
     }
   }
@@ -146,36 +147,47 @@ __device__ __forceinline__ void ProduceQ(const AttentionParams& params, const Te
                                          Work<T> work, uint32_t shared, Barriers<T> barriers) {
   for (unsigned turn = 0; work.Any(turn); ++turn) {
     const Item position = work.Find(params, turn);
+    [[maybe_unused]] Extent of_item;
+    if constexpr (!T::kMasked) {
+      of_item =
+          FindExtent<T::kTile>(params, position.head, position.first_row, position.groups * kRows);
+    }
 #pragma unroll 1
     for (int group = 0; group < T::kConsumers; ++group) {
       const int row =
           group < position.groups ? position.first_row + group * kRows : params.length_q;
       const int batch = static_cast<int>(position.head) / params.heads;
       ptx::BarrierWait(barriers.QEmpty(group), ~turn & 1);
-      const uint32_t first_row = shared + T::kFirstRows + group * T::kRowsBytes;
-      ptx::StoreSharedAs(first_row, row);
+      const uint32_t rows = shared + T::Rows(group, turn);
+      ptx::StoreSharedAs(rows + T::kRowAt, row);
       if constexpr (!T::kMasked) {
-        ptx::StoreSharedAs(first_row + 4, CountTiles<T::kTile>(params, position.first_row,
-                                                               position.groups * kRows));
+        ptx::StoreSharedAs(rows + T::kItemAt, of_item.first);
+        ptx::StoreSharedAs(rows + T::kItemAt + 4, of_item.end);
       }
-      if constexpr (T::kMasked) {
+      if constexpr (T::kMasked || T::kBiased) {
         const int head = static_cast<int>(position.head) % params.heads;
-        ptx::StoreSharedAs(first_row + 4, batch);
-        ptx::StoreSharedAs(first_row + 8, head);
+        ptx::StoreSharedAs(rows + T::kBatchAt, batch);
+        ptx::StoreSharedAs(rows + T::kHeadAt, head);
         if constexpr (T::kCopiesBias) {
-          ptx::StoreSharedAs(first_row + 12, RowOfBias(params, batch, head, row));
+          ptx::StoreSharedAs(rows + T::kBiasRowAt, RowOfBias(params, batch, head, row));
         }
-        ptx::StoreSharedAs(first_row + 16, MaskRow(params.masks, batch, head, row));
+        if constexpr (T::kMasked) {
+          ptx::StoreSharedAs(rows + T::kMaskAt, MaskRow(params.masks, batch, head, row));
+        }
       }
       if constexpr (T::kQInRegisters) {
-        ptx::StoreSharedAs(first_row + 24,
+        ptx::StoreSharedAs(rows + T::kQAt,
                            params.q + (position.head * params.padded_q + row) * T::kHeadDim);
       }
       if (row >= params.length_q) {  // nothing to load, nothing to do
         ptx::BarrierArrive(barriers.QFull(group));
         continue;
       }
-      ptx::BarrierExpect(barriers.QFull(group), T::kQBytes + T::kQScaleBytes + T::kIntervalBytes);
+      const bool with_intervals = T::kMasked || params.masks.rows != nullptr;
+      constexpr int kBoundsBytes = T::kMasked ? 0 : sizeof(int4);
+      ptx::BarrierExpect(
+          barriers.QFull(group),
+          T::kQBytes + T::kQScaleBytes + (with_intervals ? T::kIntervalBytes + kBoundsBytes : 0));
       if constexpr (!T::kQInRegisters) {
         CopyChannels<T::kHeadDim, kRows>(shared + T::kQ + group * T::kQBytes, &maps.q,
                                          barriers.QFull(group), row,
@@ -184,10 +196,15 @@ __device__ __forceinline__ void ProduceQ(const AttentionParams& params, const Te
       ptx::CopyBulk(shared + T::kQScales + group * T::kQScaleBytes,
                     params.q_scale + position.head * params.padded_q + row, T::kQScaleBytes,
                     barriers.QFull(group));
-      if constexpr (T::kMasked) {
+      if (with_intervals) {
         ptx::CopyBulk(shared + T::kIntervals + group * T::kIntervalBytes,
                       params.masks.rows + batch * params.masks.row_stride + row, T::kIntervalBytes,
                       barriers.QFull(group));
+        if constexpr (!T::kMasked) {
+          ptx::CopyBulk(rows + T::kBoundsAt,
+                        params.masks.groups + batch * params.masks.group_stride + row / kRows,
+                        kBoundsBytes, barriers.QFull(group));
+        }
       }
     }
   }

@@ -21,22 +21,25 @@ template <class Pv_, bool kExactSum_, Masking kMasking = Masking::kPlain>
 struct Traits {
   using Pv = Pv_;
   static constexpr bool kExactSum = kExactSum_;
-  static constexpr bool kMasked = kMasking != Masking::kPlain;
-  static constexpr bool kBiased = kMasking == Masking::kBiased;
+  // By a mask or segments. Otherwise queries see intervals of keys, and nothing is planned.
+  static constexpr bool kMasked =
+      kMasking == Masking::kMasked || kMasking == Masking::kMaskedBiased;
+  static constexpr bool kBiased =
+      kMasking == Masking::kPlainBiased || kMasking == Masking::kMaskedBiased;
   static constexpr int kHeadDim = Pv::kHeadDim;
   // Warpgroups. FP32 sums in registers leave none for a bias, or the scores of 128 keys, beside two
   // others; with those of 64 keys and FP16 sums there is room for four.
   static constexpr bool kIsLarge = !Pv::kSumsRows && kHeadDim > 64 && (kBiased || Pv::kTile > 64);
-  static constexpr bool kIsSmall = Pv::kSumsRows && Pv::kTile == 64 && !kMasked;
+  static constexpr bool kIsSmall = Pv::kSumsRows && Pv::kTile == 64 && !kMasked && !kBiased;
   static constexpr int kConsumers = kHeadDim > 128 || kIsLarge ? 2 : kIsSmall ? 4 : 3;
   // Channels of the output that are finished at once.
   static constexpr int kTurn = kHeadDim == 64 || kConsumers == 4 ? 64 : 128;
   static_assert(kHeadDim <= 2 * kTurn);
   static constexpr int kThreads = 128 * (kConsumers + 1);
-  // The producer of masked kernels plans. Where the consumers need all that there is, it has 32
-  // registers all the same, and spills some.
+  // With masks the producer plans, and a bias is more to find. Where the consumers need all that
+  // there is, it has 32 registers all the same, and spills some.
   static constexpr bool kFullConsumers =
-      !kMasked || (!kBiased && Pv::kSumsRows && (kExactSum || Pv::kHeadDim > 64));
+      !kBiased && (!kMasked || (Pv::kSumsRows && (kExactSum || Pv::kHeadDim > 64)));
   static constexpr int kProducerRegisters = kConsumers >= 3 && kFullConsumers ? 32 : 56;
   static constexpr int kConsumerRegisters = kConsumers == 2   ? 224
                                             : kConsumers == 4 ? 112
@@ -56,8 +59,15 @@ struct Traits {
   static constexpr int kScaleBytes = kBlocks * kKeyScales * 4;
   static constexpr int kStageBytes = kKBytes + Pv::kStride + kScaleBytes;
   static constexpr int kQScaleBytes = kRows * 4;
-  static constexpr int kIntervalBytes = kMasked ? kRows * 8 : 0;
-  static constexpr int kRowsBytes = kMasked || kQInRegisters ? 32 : 16;
+  static constexpr int kIntervalBytes = kRows * 8;
+  // What ProduceQ says of a warpgroup's rows, in bytes: the first; the first row of their bias; the
+  // address of their Q. With masks batch, head, and the address of their words of the mask,
+  // otherwise the tiles of the item and what these rows see, as in MaskParams::groups.
+  static constexpr int kRowAt = 0, kBiasRowAt = 12, kMaskAt = 16;
+  static constexpr int kItemAt = 4, kBoundsAt = 16;
+  static constexpr int kQAt = kMasked ? 24 : 32;
+  static constexpr int kBatchAt = kMasked ? 4 : 40, kHeadAt = kMasked ? 8 : 44;
+  static constexpr int kRowsBytes = !kMasked && (kQInRegisters || kBiased) ? 48 : 32;
   // Where it only serves the stores, these go by turns of 128 channels.
   static constexpr int kOutputBytes =
       kRows * (Pv::kSumsRows || kHeadDim < 128 ? kHeadDim : 128) * 4;
@@ -72,7 +82,7 @@ struct Traits {
   static constexpr int kMaxStages = 6;
   static constexpr int kFixedBytes =
       kConsumers *
-          (kQBytes + kBiasOfGroup + kQScaleBytes + kIntervalBytes + kOutputBytes + kRowsBytes) +
+          (kQBytes + kBiasOfGroup + kQScaleBytes + kIntervalBytes + kOutputBytes + 2 * kRowsBytes) +
       4 * kMaxStages + 16 + int{sizeof(OutputTable<kHeadDim>)} +
       8 * (2 + 2 * kConsumers + 4 * kMaxStages + kBiasBarriers) + 1024;
   static constexpr int kFitting = (kSharedLimit - kFixedBytes) / kStageBytes;
@@ -87,10 +97,12 @@ struct Traits {
   static constexpr int kQScales = kOutput + kConsumers * kOutputBytes;
   static constexpr int kIntervals = kQScales + kConsumers * kQScaleBytes;
   static constexpr int kScales = kIntervals + kConsumers * kIntervalBytes;
-  // First row; with masks batch, head, the first row's bias, the address of its words of the mask,
-  // otherwise the tiles of the item; the address of its Q.
+  // By turns, so that what is said of rows lasts until the end of their item.
   static constexpr int kFirstRows = kScales + kStages * kScaleBytes;
-  static constexpr int kPlans = kFirstRows + kConsumers * kRowsBytes;
+  __host__ __device__ static constexpr int Rows(int group, unsigned turn) {
+    return kFirstRows + (turn % 2 * kConsumers + group) * kRowsBytes;
+  }
+  static constexpr int kPlans = kFirstRows + 2 * kConsumers * kRowsBytes;
   static constexpr int kTable = (kPlans + kStages * 4 + 15) / 16 * 16;
   static constexpr int kBarriers = kTable + int{sizeof(OutputTable<kHeadDim>)};
   static constexpr int kBarrierCount = 2 + 2 * kConsumers + 4 * kStages + kBiasBarriers;
@@ -163,6 +175,39 @@ struct Work {
     return FindItem<T::kConsumers>(params, cut, Index(turn));
   }
 };
+
+// Without masks but intervals: the tiles [first, end) that some of the queries see, and those
+// [first_whole, end_whole) that all of them see in whole.
+struct Extent {
+  int first, end, first_whole, end_whole;
+};
+// bounds: as in MaskParams::groups.
+template <int kTile>
+__device__ __forceinline__ Extent ExtentOf(int4 bounds) {
+  if (bounds.x >= bounds.y) return {};
+  const auto ceil_div = [](int keys) { return (keys + kTile - 1) / kTile; };
+  return {bounds.x / kTile, ceil_div(bounds.y), ceil_div(bounds.z), bounds.w / kTile};
+}
+// Without intervals in memory.
+__device__ __forceinline__ int4 BoundsOf(const AttentionParams& params, int first_row, int rows) {
+  if (!params.is_causal) return make_int4(0, params.length_kv, 0, params.length_kv);
+  const int end_row = min(first_row + rows, params.length_q);
+  return make_int4(0, min(end_row, params.length_kv), 0, min(first_row + 1, params.length_kv));
+}
+template <int kTile>
+__device__ __forceinline__ Extent FindExtent(const AttentionParams& params, int64_t head,
+                                             int first_row, int rows) {
+  if (params.masks.rows == nullptr) return ExtentOf<kTile>(BoundsOf(params, first_row, rows));
+  const int4* groups = params.masks.groups + head / params.heads * params.masks.group_stride;
+  int4 bounds = make_int4(INT32_MAX, 0, 0, INT32_MAX);
+#pragma unroll 1
+  for (int row = first_row; row < min(first_row + rows, params.length_q); row += kRows) {
+    const int4 more = __ldg(groups + row / kRows);
+    bounds = make_int4(min(bounds.x, more.x), max(bounds.y, more.y), max(bounds.z, more.z),
+                       min(bounds.w, more.w));
+  }
+  return ExtentOf<kTile>(bounds);
+}
 
 // A plan of a tile: from bit kViewBits * g on, what warpgroup g sees of it.
 constexpr uint32_t kLastOfItem = 1 << 12;
