@@ -36,12 +36,11 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
   const int warp = threadIdx.x % 128 / 32;
   const uint32_t output =
       shared + T::kOutput + warpgroup * T::kOutputBytes + warp * T::kOutputOfWarp;
-  uint64_t k_tiles = ptx::Descriptor<T::kBoxRow>(shared + T::kK);
-  uint64_t v_tiles = Pv::Descriptor(shared + T::kV);
-  if constexpr (T::kBiased) {  // computed anew for each tile otherwise: 15 instructions
-    k_tiles = ptx::Uniform(k_tiles);
-    v_tiles = ptx::Uniform(v_tiles);
-  }
+  // Computed anew for each tile otherwise: 15 instructions, one after the other.
+  const uint64_t k_tiles = ptx::Uniform(ptx::Descriptor<T::kBoxRow>(shared + T::kK));
+  const uint64_t v_tiles = ptx::Uniform(Pv::Descriptor(shared + T::kV));
+  [[maybe_unused]] const uint64_t q_tile =
+      ptx::Uniform(ptx::Descriptor<T::kBoxRow>(shared + T::kQ + warpgroup * T::kQBytes));
   // For V, which only wgmma reads. What threads have read each of them releases:
   // compute-sanitizer's racecheck does not follow a warp's reads through __syncwarp to an arrival
   // of one lane.
@@ -61,7 +60,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
     const int group_row = ptx::LoadSharedAs<int>(rows + T::kRowAt);
     std::conditional_t<T::kQInRegisters, QueryFragments<T::kHeadDim>, uint64_t> q;
     if constexpr (!T::kQInRegisters) {
-      q = ptx::Descriptor<T::kBoxRow>(shared + T::kQ + warpgroup * T::kQBytes);
+      q = q_tile;
     } else if (group_row < params.length_q) {
       q.Load(ptx::LoadSharedAs<const int8_t*>(rows + T::kQAt), 16 * warp + lane / 4, lane);
     }
@@ -229,35 +228,35 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       my_tiles = mine.end - mine.first;
       if (my_tiles == 0) mine.first = mine.end = item_first();
       pass(mine.first - item_first());
-      const auto load_tile = [&](int tile) {
+      const auto load_tile = [&](int count) {
         load_scales();
-        copy_bias(tile);
+        copy_bias(mine.first + count);
       };
-      if (my_tiles > 0) load_tile(mine.first);
+      if (my_tiles > 0) load_tile(0);
+      const int first_whole = mine.first_whole - mine.first;
+      const int end_whole = mine.end_whole - mine.first;
 #pragma unroll 1
-      for (int tile = mine.first; tile < mine.end; ++tile) {
+      for (int count = 0; count < my_tiles; ++count) {
         const auto softmax = [&](auto blocks, uint32_t (&p)[T::kBlocks][Pv::kRegisters]) {
+          const int tile = mine.first + count;
           read_bias(tile);
-          if (tile >= mine.first_whole && tile < mine.end_whole) {
-            scores.Softmax(blocks, p, sums, tile == mine.first, Everything(), T::kTile,
-                           opaque_zero);
+          if (count >= first_whole && count < end_whole) {
+            scores.Softmax(blocks, p, sums, count == 0, Everything(), T::kTile, opaque_zero);
             return;
           }
           SeenKeys<T::kTile> seen;
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             int2 interval = make_int2(0, params.length_kv);
-            if (params.is_causal) {
-              interval.y = min(row() + 8 * half + 1, interval.y);
-            }
+            if (params.is_causal) interval.y = min(row() + 8 * half + 1, interval.y);
             if (params.masks.rows != nullptr) interval = interval_of(half);
             seen.bits[half] = ColumnsOf<T::kTile>(interval, tile * T::kTile + 2 * (lane & 3));
           }
-          scores.Softmax(blocks, p, sums, tile == mine.first, seen, T::kTile, opaque_zero);
+          scores.Softmax(blocks, p, sums, count == 0, seen, T::kTile, opaque_zero);
         };
-        compute(tile - mine.first, tile + 1 == mine.end, softmax, [&] {
+        compute(count, count + 1 == my_tiles, softmax, [&] {
           ring.Next();
-          if (tile + 1 < mine.end) load_tile(tile + 1);
+          if (count + 1 < my_tiles) load_tile(count + 1);
         });
       }
       if (my_tiles == 0) ptx::BarrierArrive(barriers.QEmpty(warpgroup));
