@@ -94,11 +94,16 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
         static_assert(T::kBlocks == 1 || T::kHeadDim <= kBoxChannels);
         IssueQk<T::kHeadDim>(scores.s[block], q, k + block * (kBlockKv * T::kHeadDim / 16));
       }
+      // Beneath QK^T: V is there by now, as a rule.
+      const bool has_v = ptx::BarrierTest(v_full, v_parity);
+      const auto wait_for_v = [&] {
+        if (!has_v) ptx::BarrierWait(v_full, v_parity);
+      };
       uint32_t p[T::kBlocks][Pv::kRegisters];
       constexpr int kFirstBlocks = Pv::kByBlocks ? 1 : T::kBlocks;
       softmax(Blocks<0, kFirstBlocks>(), p);
       if constexpr (Pv::kByBlocks) {
-        ptx::BarrierWait(v_full, v_parity);
+        wait_for_v();
         sums.Issue(Blocks<0, 1>(), p, v, count);
         softmax(Blocks<1, T::kBlocks>(), p);
       }
@@ -107,7 +112,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       if constexpr (Pv::kByBlocks) {
         sums.Issue(Blocks<1, T::kBlocks>(), p, v, count);
       } else {
-        ptx::BarrierWait(v_full, v_parity);
+        wait_for_v();
         sums.Issue(Blocks<0, T::kBlocks>(), p, v, count);
       }
       next();
