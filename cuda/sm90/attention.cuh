@@ -233,11 +233,10 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       my_tiles = mine.end - mine.first;
       if (my_tiles == 0) mine.first = mine.end = item_first();
       pass(mine.first - item_first());
-      const auto load_tile = [&](int count) {
+      if (my_tiles > 0) {
         load_scales();
-        copy_bias(mine.first + count);
-      };
-      if (my_tiles > 0) load_tile(0);
+        copy_bias(mine.first);
+      }
       const int first_whole = mine.first_whole - mine.first;
       const int end_whole = mine.end_whole - mine.first;
 #pragma unroll 1
@@ -245,6 +244,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
         const auto softmax = [&](auto blocks, uint32_t (&p)[T::kBlocks][Pv::kRegisters]) {
           const int tile = mine.first + count;
           read_bias(tile);
+          if (count + 1 < my_tiles) copy_bias(tile + 1);
           if (count >= first_whole && count < end_whole) {
             scores.Softmax(blocks, p, sums, count == 0, Everything(), T::kTile, opaque_zero);
             return;
@@ -261,7 +261,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
         };
         compute(count, count + 1 == my_tiles, softmax, [&] {
           ring.Next();
-          if (count + 1 < my_tiles) load_tile(count + 1);
+          if (count + 1 < my_tiles) load_scales();
         });
       }
       if (my_tiles == 0) ptx::BarrierArrive(barriers.QEmpty(warpgroup));
@@ -274,7 +274,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       scores.sum[1] = row_sum[1] / 4;
     }
     ptx::BarrierWait(barriers.TableFull(), turn & 1);
-    if (ptx::LoadSharedAs<int>(rows + T::kRowAt) < params.length_q) {
+    if ((T::kMasked ? group_row : ptx::LoadSharedAs<int>(rows + T::kRowAt)) < params.length_q) {
       const int first_row = table.first_query + warpgroup * kRows + 16 * warp;
       // By turns, where all channels at once would be too many registers.
       const auto finish = [&](auto first) {

@@ -100,7 +100,7 @@ struct Traits {
   // By turns, so that what is said of rows lasts until the end of their item.
   static constexpr int kFirstRows = kScales + kStages * kScaleBytes;
   __host__ __device__ static constexpr int Rows(int group, unsigned turn) {
-    return kFirstRows + (turn % 2 * kConsumers + group) * kRowsBytes;
+    return kFirstRows + ((kMasked ? 0 : turn % 2 * kConsumers) + group) * kRowsBytes;
   }
   static constexpr int kPlans = kFirstRows + 2 * kConsumers * kRowsBytes;
   static constexpr int kTable = (kPlans + kStages * 4 + 15) / 16 * 16;
