@@ -305,6 +305,7 @@ std::string CheckAttention(const std::vector<Buffer>& args, const std::vector<Bu
   if (kinds.masked) CheckMasks(check, args, results[0], s, kinds);
   check.Require(!(check.Flag(attrs, "is_causal") && kinds.masked),
                 "attribute is_causal is not for masked calls: rows say what is seen");
+  check.Flag(attrs, "alike");
   check.Flag(attrs, "exact_lse");
   const double accumulator = check.Attribute(attrs, "pv_accumulator");
   check.Require(accumulator == 16 || accumulator == 32,

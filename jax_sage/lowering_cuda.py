@@ -72,6 +72,8 @@ def attention(
         _call_attention,
         length_kv=np.int64(key.shape[-3]),
         is_causal=np.int64(plain and band == CAUSAL),
+        # By its position alone, does each query see about as many keys?
+        alike=np.int64(band.right is None or band.left is not None),
         exact_lse=np.int64(exact_lse),
         pv_accumulator=np.int64({"fp16": 16, "fp32": 32}[recipe.pv_accumulator]),
         mma_sync=np.int64(mma_sync),

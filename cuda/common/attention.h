@@ -75,6 +75,7 @@ struct AttentionParams {
   // in layout.h.
   const float* slot_channels;  // [B, K, S, kSlotRows, Hp]
   const int32_t* query_slots;  // [B, Tp]; -1: the query sees no key
+  bool alike;                  // by their positions, queries see about as many keys each
 };
 
 }  // namespace jax_sage

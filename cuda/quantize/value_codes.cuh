@@ -249,14 +249,14 @@ __device__ __forceinline__ void ZeroValueCodes(const QuantizeParams& params, int
                          count * (kHeadDim * static_cast<int>(sizeof(__half))));
     return;
   }
-  constexpr int kWords = kBlockKv / 16;  // of a channel
+  uint8_t* out = static_cast<uint8_t*>(params.v) + index * kHeadDim + first;
+  constexpr int kThreadsOfChannel = 16;
 #pragma unroll 1
-  for (; count > 0; count -= kBlockKv, first += kBlockKv) {
-    uint8_t* out = static_cast<uint8_t*>(params.v) + index * kHeadDim + first;
+  for (int channel = threadIdx.x / kThreadsOfChannel; channel < kHeadDim;
+       channel += kThreads<kHeadDim> / kThreadsOfChannel) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < kHeadDim * kWords; i += kThreads<kHeadDim>) {
-      const int64_t channel = i / kWords;
-      reinterpret_cast<uint4*>(out + channel * params.padded_kv)[i % kWords] =
+    for (int i = threadIdx.x % kThreadsOfChannel; i < count / 16; i += kThreadsOfChannel) {
+      reinterpret_cast<uint4*>(out + channel * static_cast<int64_t>(params.padded_kv))[i] =
           make_uint4(0, 0, 0, 0);
     }
   }

@@ -236,6 +236,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       if (my_tiles > 0) {
         load_scales();
         copy_bias(mine.first);
+        read_bias(mine.first);
       }
       const int first_whole = mine.first_whole - mine.first;
       const int end_whole = mine.end_whole - mine.first;
@@ -243,7 +244,6 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       for (int count = 0; count < my_tiles; ++count) {
         const auto softmax = [&](auto blocks, uint32_t (&p)[T::kBlocks][Pv::kRegisters]) {
           const int tile = mine.first + count;
-          read_bias(tile);
           if (count + 1 < my_tiles) copy_bias(tile + 1);
           if (count >= first_whole && count < end_whole) {
             scores.Softmax(blocks, p, sums, count == 0, Everything(), T::kTile, opaque_zero);
@@ -261,7 +261,10 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
         };
         compute(count, count + 1 == my_tiles, softmax, [&] {
           ring.Next();
-          if (count + 1 < my_tiles) load_scales();
+          if (count + 1 < my_tiles) {
+            load_scales();
+            read_bias(mine.first + count + 1);
+          }
         });
       }
       if (my_tiles == 0) ptx::BarrierArrive(barriers.QEmpty(warpgroup));
@@ -360,7 +363,7 @@ cudaError_t Launch(const AttentionParams& params, cudaStream_t stream) {
   error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
   const Cut cut = CutQueries(static_cast<int64_t>(heads), params.length_q, T::kConsumers, sms,
-                             !T::kMasked && !params.is_causal && params.masks.rows == nullptr);
+                             !T::kMasked && !T::kBiased && params.alike);
   const unsigned ctas = std::min(cut.items, static_cast<unsigned>(sms));
   // CTAs may start while the last of the quantization run, and wait for them: launch and prologue
   // take no time of their own then. Graphs are captured a custom call at a time, where there is
