@@ -1,5 +1,6 @@
 #include "checks.h"
 
+#include <algorithm>
 #include <cmath>
 #include <initializer_list>
 #include <sstream>
@@ -341,6 +342,53 @@ std::string CheckPackMask(const std::vector<Buffer>& args, const std::vector<Buf
   check.Is("words", results[0], "U32", {dims[0], dims[1], tiles, s.padded_q, 4});
   check.Is("views", results[1], "U8",
            {dims[0], dims[1], RoundUp(s.padded_q, kMaskRows) / kMaskRows, tiles});
+  if (check.Ok() && sizes != nullptr) *sizes = s;
+  return check.message();
+}
+
+std::string CheckSeenKeys(const std::vector<Buffer>& args, const std::vector<Buffer>& results,
+                          const Attrs& attrs, SeenSizes* sizes) {
+  Checker check("seen_keys");
+  SeenSizes s;
+  s.mask = check.Flag(attrs, "mask");
+  s.bias = check.Flag(attrs, "bias");
+  check.Require(s.mask || s.bias, "attributes mask and bias are both 0");
+  check.Count("arguments", args.size(), 1 + s.mask + s.bias);
+  check.Count("results", results.size(), 1);
+  const double length_q = check.Attribute(attrs, "length_q");
+  check.Require(length_q >= 1 && length_q <= kMaxLength, "attribute length_q is out of range");
+  if (!check.Ok()) return check.message();
+  const Buffer& seen = results[0];
+  check.Require(seen.dtype == "U8" && seen.dims.size() == 3, [&] {
+    return "seen is " + seen.dtype + ToString(seen.dims) + ", expected U8 of rank 3";
+  });
+  for (int64_t dim : seen.dims) {
+    check.Require(dim >= 1 && dim <= kMaxLength,
+                  [&] { return "seen" + ToString(seen.dims) + " has a dimension out of range"; });
+  }
+  if (!check.Ok()) return check.message();
+  s.batch = seen.dims[0];
+  s.kv_heads = seen.dims[1];
+  s.length_kv = seen.dims[2];
+  s.length_q = static_cast<int64_t>(length_q);
+  check.IsOrOne("rows", args[0], "S32", {s.batch, RoundUp(s.length_q, kBlockQ), 2}, 1);
+  for (size_t i = 1; i < args.size(); ++i) {
+    if (args[i].dims.size() == 4 && args[i].dims[1] > 1) s.heads = args[i].dims[1];
+  }
+  s.heads = std::max(s.heads, s.kv_heads);
+  const std::vector<int64_t> whole = {s.batch, s.heads, s.length_q, s.length_kv};
+  size_t next = 1;
+  if (s.mask) check.IsOrOne("mask", args[next++], "PRED", whole, 1 | 2 | 4 | 8);
+  if (s.bias) {
+    const Buffer& bias = args[next];
+    check.Require(IsInput(bias.dtype),
+                  [&] { return "bias is " + bias.dtype + ", expected F16, BF16 or F32"; });
+    check.IsOrOne("bias", bias, bias.dtype, whole, 1 | 2 | 4 | 8);
+  }
+  check.Require(s.heads % s.kv_heads == 0, [&] {
+    return "seen" + ToString(seen.dims) + " has " + std::to_string(s.kv_heads) +
+           " heads, which do not divide " + std::to_string(s.heads);
+  });
   if (check.Ok() && sizes != nullptr) *sizes = s;
   return check.message();
 }

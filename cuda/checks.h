@@ -37,6 +37,13 @@ struct PackSizes {
   int64_t heads = 0, length_q = 0, length_kv = 0, padded_q = 0;
 };
 
+// Dimensions of a search for the keys that are seen.
+struct SeenSizes {
+  int64_t batch = 0, heads = 0, kv_heads = 0;  // heads: that differ
+  int64_t length_q = 0, length_kv = 0;
+  bool mask = false, bias = false;
+};
+
 // An empty message means that the call is right; `sizes`, if given, is then filled.
 std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buffer>& results,
                           const Attrs& attrs, Sizes* sizes);
@@ -44,6 +51,8 @@ std::string CheckAttention(const std::vector<Buffer>& args, const std::vector<Bu
                            const Attrs& attrs, Sizes* sizes);
 std::string CheckPackMask(const std::vector<Buffer>& args, const std::vector<Buffer>& results,
                           const Attrs& attrs, PackSizes* sizes);
+std::string CheckSeenKeys(const std::vector<Buffer>& args, const std::vector<Buffer>& results,
+                          const Attrs& attrs, SeenSizes* sizes);
 
 inline std::string CheckQuantize(const std::vector<Buffer>& args,
                                  const std::vector<Buffer>& results, const Attrs& attrs) {
@@ -56,6 +65,10 @@ inline std::string CheckAttention(const std::vector<Buffer>& args,
 inline std::string CheckPackMask(const std::vector<Buffer>& args,
                                  const std::vector<Buffer>& results, const Attrs& attrs) {
   return CheckPackMask(args, results, attrs, nullptr);
+}
+inline std::string CheckSeenKeys(const std::vector<Buffer>& args,
+                                 const std::vector<Buffer>& results, const Attrs& attrs) {
+  return CheckSeenKeys(args, results, attrs, nullptr);
 }
 
 }  // namespace jax_sage

@@ -11,6 +11,7 @@
 #include "checks.h"
 #include "mask/mark.h"
 #include "mask/pack.h"
+#include "mask/seen.h"
 #include "mma/attention.h"
 #include "quantize/quantize.h"
 #ifdef JAX_SAGE_SM90
@@ -376,6 +377,49 @@ ffi::Error PackMaskImpl(cudaStream_t stream, ffi::AnyBuffer mask, ffi::Result<ff
   return FromCuda("pack_mask", LaunchPack(params, stream));
 }
 
+ffi::Error SeenKeysImpl(cudaStream_t stream, ffi::RemainingArgs args,
+                        ffi::Result<ffi::AnyBuffer> seen, int64_t length_q, int64_t mask,
+                        int64_t bias) {
+  std::vector<ffi::AnyBuffer> in;
+  std::vector<Buffer> described;
+  if (auto error = Collect(args, in, described); error.failure()) return error;
+  SeenSizes sizes;
+  const std::string message = CheckSeenKeys(described, {Describe(*seen)},
+                                            {{"length_q", static_cast<double>(length_q)},
+                                             {"mask", static_cast<double>(mask)},
+                                             {"bias", static_cast<double>(bias)}},
+                                            &sizes);
+  if (!message.empty()) return Invalid(message);
+  SeenParams params{};
+  params.rows = Data<const int2>(in[0]);
+  params.row_stride = Stride(in[0], 0) / 2;
+  size_t next = 1;
+  if (sizes.mask) {
+    const ffi::AnyBuffer& buffer = in[next++];
+    params.mask = Data<const uint8_t>(buffer);
+    params.mask_batch_stride = Stride(buffer, 0);
+    params.mask_head_stride = Stride(buffer, 1);
+    params.mask_row_stride = Stride(buffer, 2);
+    params.mask_column_stride = Stride(buffer, 3);
+  }
+  if (sizes.bias) {
+    const ffi::AnyBuffer& buffer = in[next];
+    params.bias = buffer.untyped_data();
+    params.bias_type = InputType(buffer);
+    params.bias_batch_stride = Stride(buffer, 0);
+    params.bias_head_stride = Stride(buffer, 1);
+    params.bias_row_stride = Stride(buffer, 2);
+    params.bias_column_stride = Stride(buffer, 3);
+  }
+  params.seen = Data<uint8_t>(*seen);
+  params.batch = sizes.batch;
+  params.kv_heads = static_cast<int>(sizes.kv_heads);
+  params.group = static_cast<int>(sizes.heads / sizes.kv_heads);
+  params.length_q = static_cast<int>(sizes.length_q);
+  params.length_kv = static_cast<int>(sizes.length_kv);
+  return FromCuda("seen_keys", LaunchSeen(params, stream));
+}
+
 }  // namespace
 }  // namespace jax_sage
 
@@ -385,6 +429,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSagePackMask, jax_sage::PackMaskImpl,
                                   .Arg<xla::ffi::AnyBuffer>()   // mask [B, N, T, S]
                                   .Ret<xla::ffi::AnyBuffer>()   // words
                                   .Ret<xla::ffi::AnyBuffer>(),  // views
+                              {xla::ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageSeenKeys, jax_sage::SeenKeysImpl,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                  .RemainingArgs()             // see CheckSeenKeys
+                                  .Ret<xla::ffi::AnyBuffer>()  // seen [B, K, S]
+                                  .Attr<int64_t>("length_q")
+                                  .Attr<int64_t>("mask")
+                                  .Attr<int64_t>("bias"),
                               {xla::ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageQuantize, jax_sage::QuantizeImpl,

@@ -10,3 +10,5 @@ extern "C" XLA_FFI_Error* JaxSageQuantize(XLA_FFI_CallFrame* call_frame);
 extern "C" XLA_FFI_Error* JaxSageAttention(XLA_FFI_CallFrame* call_frame);
 // jax_sage_pack_mask: mask -> (words, views), operands of a masked jax_sage_attention.
 extern "C" XLA_FFI_Error* JaxSagePackMask(XLA_FFI_CallFrame* call_frame);
+// jax_sage_seen_keys: (rows, mask, bias) -> seen, an operand of jax_sage_quantize.
+extern "C" XLA_FFI_Error* JaxSageSeenKeys(XLA_FFI_CallFrame* call_frame);

@@ -31,6 +31,7 @@ nb::dict FfiTargets() {
   targets["jax_sage_quantize"] = Target(JaxSageQuantize);
   targets["jax_sage_attention"] = Target(JaxSageAttention);
   targets["jax_sage_pack_mask"] = Target(JaxSagePackMask);
+  targets["jax_sage_seen_keys"] = Target(JaxSageSeenKeys);
   return targets;
 }
 
@@ -90,6 +91,10 @@ NB_MODULE(_cuda, m) {
   m.def("check_pack_mask", &Check<CheckPackMask>, nb::arg("args"), nb::arg("results"),
         nb::arg("attrs"),
         "What is wrong with a pack_mask call of these (dtype, dims) buffers, or None.");
+  m.def("check_seen_keys", &Check<CheckSeenKeys>, nb::arg("args"), nb::arg("results"),
+        nb::arg("attrs"),
+        "What is wrong with a seen_keys call of these (dtype, dims) buffers and attributes, or "
+        "None.");
 }
 
 }  // namespace jax_sage

@@ -131,17 +131,17 @@ def _masked(
     if view.sees_everything():
         per_key = jnp.full(size, 1 / length_kv, jnp.float32)
         return run(query, (*codes(), per_key, *operands.arrays), **operands.attributes)
-    seen = mask_operands.flat_batch(view.seen_keys(), batch)
+    seen = mask_operands.seen_keys(view, masks, operands.arrays[0], batch, kv_heads)
     if masks.query_segment_ids is not None:
         # Means and scales of V are those of each segment, and so are the counts of its keys.
         quantized = codes(
-            seen=(seen.astype(jnp.uint8),),
+            seen=(seen,),
             segments=mask_operands.sorted_segments(masks, batch, view.padded_q, length_kv),
         )
         return run(query, (*quantized, *operands.arrays), **operands.attributes)
     count = jnp.maximum(seen.sum(-1, dtype=jnp.float32), np.float32(1))
     per_key = jnp.broadcast_to(np.float32(1) / count, size)
-    quantized = codes(seen=(seen.astype(jnp.uint8), per_key))
+    quantized = codes(seen=(seen, per_key))
     return run(query, (*quantized, per_key, *operands.arrays), **operands.attributes)
 
 

@@ -58,6 +58,29 @@ def make(
     )
 
 
+def seen_keys(
+    view: View, masks: Masks, rows: jax.Array, batch: Sequence[int], kv_heads: int
+) -> jax.Array:
+    """View.seen_keys as uint8 [B, K, S] or with ones. ``rows``: of the operands."""
+    arrays = [flat_batch(x, batch) for x in (masks.mask, masks.bias) if x is not None]
+    is_large = any(x.shape[2] > 1 and x.shape[3] > 1 for x in arrays)
+    if masks.query_segment_ids is not None or not is_large:
+        return flat_batch(view.seen_keys(), batch).astype(jnp.uint8)
+    # Of a large array the kernel reads what it takes to find each key seen, mostly a few rows.
+    per_head = any(x.shape[1] > 1 for x in arrays)
+    seen = jax.ShapeDtypeStruct(
+        (max(x.shape[0] for x in (rows, *arrays)), kv_heads if per_head else 1, view.length_kv),
+        jnp.uint8,
+    )
+    return jax.ffi.ffi_call("jax_sage_seen_keys", seen)(
+        rows,
+        *arrays,
+        length_q=np.int64(view.length_q),
+        mask=np.int64(masks.mask is not None),
+        bias=np.int64(masks.bias is not None),
+    )
+
+
 def sorted_segments(
     masks: Masks, batch: Sequence[int], padded_q: int, length_kv: int
 ) -> tuple[jax.Array, ...]:
@@ -89,9 +112,11 @@ def _intervals(view: View, batch: Sequence[int]) -> tuple[jax.Array, jax.Array]:
     firsts, ends = first.reshape(by_group), end.reshape(by_group)
     # Queries that are padding have no outputs, and do not keep others from seeing all of a tile.
     real = (jnp.arange(view.padded_q) < view.length_q).reshape(by_group[1:])
-    latest = jnp.where(real, firsts, np.int32(0)).max(-1)
-    earliest = jnp.where(real, ends, np.int32(view.length_kv)).min(-1)
-    groups = jnp.stack([firsts.min(-1), ends.max(-1), latest, earliest], axis=-1)
+    latest = jnp.where(real, firsts, np.int32(0))
+    earliest = jnp.where(real, ends, np.int32(view.length_kv))
+    # Least and greatest by one reduction: four are as many launches.
+    signs = np.array([1, -1, -1, 1], np.int32)
+    groups = jnp.stack([firsts, -ends, -latest, earliest], axis=-1).min(-2) * signs
     return jnp.stack([first, end], axis=-1), groups
 
 

@@ -265,6 +265,8 @@ def test_masks_are_lowered_to_kernels(name):
     for part in ("mask", "segments", "bias"):
         assert attribute(attention, part) == (str(int(name == part)), "i64")
     assert ("jax_sage_pack_mask" in calls) == (name == "mask")
+    assert ("jax_sage_seen_keys" in calls) == (name in ("mask", "bias"))
+    assert attribute(attention, "alike") == (str(int(name != "alignment")), "i64")
     quantize = calls["jax_sage_quantize"]
     # The others' queries see all keys between them.
     seen = name in ("mask", "bias", "lengths", "segments")
@@ -422,6 +424,14 @@ def right_call(which, recipe="8+8", query=(2, 300, 4, 80), key=(2, 1100, 2, 80))
             [words, ("U8", [batch, heads, groups, tiles])],
             {},
         )
+    if which == "seen_keys":
+        rows = ("S32", [batch, groups * 64, 2])
+        array = [batch, heads, query[-3], tokens]
+        return (
+            [rows, ("PRED", array), ("BF16", array)],
+            [("U8", [batch, kv_heads, tokens])],
+            {"length_q": float(query[-3]), "mask": 1.0, "bias": 1.0},
+        )
     if which.startswith("quantize"):
         v = quantized[5][1]
         parts = ("F32", [*v[:2], 3, 6, quantized[3][1][3]])
@@ -454,6 +464,7 @@ def right_call(which, recipe="8+8", query=(2, 300, 4, 80), key=(2, 1100, 2, 80))
     attrs = {
         "length_kv": float(key[-3]),
         "is_causal": 1.0,
+        "alike": 0.0,
         "exact_lse": 0.0,
         "pv_accumulator": 16.0,
         "mma_sync": 0.0,
@@ -512,9 +523,11 @@ NAMES = {
     "attention with masks": ([*QUANTIZED, "per_counted_key", *MASKS, "bias"], ["out", "lse"]),
     "attention with segments": ([*BY_SLOT, *MASKS, *IDS, "bias"], ["out", "lse"]),
     "pack_mask": (["mask"], ["words", "views"]),
+    "seen_keys": (["rows", "mask", "bias"], ["seen"]),
 }
-CALLS = [(which, recipe) for which in list(NAMES)[:-1] for recipe in RECIPES]
-CALLS.append(("pack_mask", "8+8"))
+OF_NO_RECIPE = ("pack_mask", "seen_keys")
+CALLS = [(which, recipe) for which in NAMES if which not in OF_NO_RECIPE for recipe in RECIPES]
+CALLS += [(which, "8+8") for which in OF_NO_RECIPE]
 
 
 def complaint(which, args, results, attrs):
@@ -575,7 +588,7 @@ def test_each_wrong_buffer_is_reported(which, recipe):
         names = [*NAMES[which][0], *NAMES[which][1], "heads"]
         assert any(re.search(rf"\b{n}\b", message) for n in names), message
         tried += 1
-    assert tried > (20 if which == "pack_mask" else 100)
+    assert tried > (20 if which in OF_NO_RECIPE else 100)
 
 
 @needs_module
@@ -606,10 +619,14 @@ def test_wrong_dtypes_are_named(which, recipe):
         ("attention with masks", "segments", [2, -1]),
         ("attention with masks", "bias", [2, -1]),
         ("attention", "is_causal", [2, -1, math.nan]),
+        ("attention", "alike", [2, -1, math.nan]),
         ("attention", "exact_lse", [2, -1, math.nan]),
         ("attention", "pv_accumulator", [0, 8, 17, 64, math.nan]),
         ("attention", "mma_sync", [2, -1, math.nan]),
         ("attention", "length_kv", [0, -1, 2.0**31, 2.0**40, math.nan]),
+        ("seen_keys", "length_q", [0, -1, 2.0**31, math.nan]),
+        ("seen_keys", "mask", [2, -1]),
+        ("seen_keys", "bias", [2, -1]),
     ],
 )
 def test_wrong_attributes_are_named(which, name, wrong):

@@ -235,6 +235,19 @@ class BiasRows {
   const uint8_t* rows_[2];
 };
 
+// Whether an element of a bias hides its key.
+__device__ __forceinline__ bool Hides(const void* bias, DType type, int64_t index) {
+  float x;
+  if (type == DType::kF32) {
+    x = __ldg(static_cast<const float*>(bias) + index);
+  } else if (type == DType::kBf16) {
+    x = __bfloat162float(__ldg(static_cast<const __nv_bfloat16*>(bias) + index));
+  } else {
+    x = __half2float(__ldg(static_cast<const __half*>(bias) + index));
+  }
+  return x * kLog2E <= kHidingBias;  // NaN does not
+}
+
 // Whether a query sees a key.
 __device__ __forceinline__ bool Sees(const MaskParams& masks, int batch, int head, int row,
                                      int key) {
@@ -250,17 +263,9 @@ __device__ __forceinline__ bool Sees(const MaskParams& masks, int batch, int hea
     return false;
   }
   if (masks.bias == nullptr) return true;
-  const int64_t index = batch * masks.bias_batch_stride + head * masks.bias_head_stride +
-                        row * masks.bias_row_stride + key * masks.bias_column_stride;
-  float bias;
-  if (masks.bias_type == DType::kF32) {
-    bias = static_cast<const float*>(masks.bias)[index];
-  } else if (masks.bias_type == DType::kBf16) {
-    bias = __bfloat162float(static_cast<const __nv_bfloat16*>(masks.bias)[index]);
-  } else {
-    bias = __half2float(static_cast<const __half*>(masks.bias)[index]);
-  }
-  return !(bias * kLog2E <= kHidingBias);  // NaN is seen
+  return !Hides(masks.bias, masks.bias_type,
+                batch * masks.bias_batch_stride + head * masks.bias_head_stride +
+                    row * masks.bias_row_stride + key * masks.bias_column_stride);
 }
 
 }  // namespace jax_sage

@@ -181,6 +181,7 @@ __device__ __forceinline__ void MakeQueryCodes(const Params& params, Ring<In, kH
   const int end = min(begin + kQueries, params.padded_q);
   const T tokens(params.query, head, params.heads, params.length_q, params.head_dim, nullptr);
   Stream<kQuery, T> stream(tokens, ring, begin, end, true);
+  stream.CopySecond();
   auto means = MeansOf<T, kQuery>(params, head / (params.heads / params.kv_heads));
 #pragma unroll 1
   for (int first = begin; first < end; first += T::kTokens) {
@@ -224,8 +225,7 @@ __device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params, co
       for (int c = 0; c < kVector; ++c) {
         float& value = values[pass][c];
         value = means.Center(value, c);
-        // By the size of a segment that it does not count in it may have become infinite.
-        if (Means::kBySlot && !counts) value = 0;
+        if (T::kHasUnseen && !counts) value = 0;  // it may not be finite
         row_absmax = fmaxf(row_absmax, fabsf(value));
       }
       if (counts) absmax = fmaxf(absmax, row_absmax);

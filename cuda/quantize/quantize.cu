@@ -50,12 +50,16 @@ __device__ __forceinline__ void MakePart(const QuantizeParams& params, const Pla
   const int64_t length = is_codes ? params.padded_kv : params.length_kv;
   const int end = static_cast<int>(min(start + plan.tokens_per_part, length));
   const int begin = static_cast<int>(min(start, static_cast<int64_t>(end)));
+  Stream<kTensor, T> stream(tokens, shared.ring, begin, end, is_codes);
   const bool counts = PartCounts(tokens, begin, end);
-  const int end_counted = counts ? end : begin;
-  Stream<kTensor, T> stream(tokens, shared.ring, begin, end_counted, is_codes);
+  if (counts) {
+    stream.CopySecond();
+  } else {
+    ptx::CopyAsyncWait<0>();  // nothing is under way when the CTA ends
+  }
   if (!is_codes) {
     MakeStatistics<kTensor>(params, plan, shared.of_item.statistics, tokens, stream, head, part,
-                            begin, end_counted);
+                            begin, counts ? end : begin);
     return;
   }
   if (begin == end) return;

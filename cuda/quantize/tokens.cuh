@@ -202,8 +202,8 @@ struct Tokens {
     return vector;
   }
   // The passes of a chunk to an address in shared memory, kWords words a pass, kThreads<kHeadDim>
-  // apart.
-  // `row`: of the thread in the first pass.
+  // apart; those of tokens that exist, whether they count or not: that would have to be known
+  // first. `row`: of the thread in the first pass.
   template <Tensor kTensor>
   __device__ __forceinline__ void Copy(uint32_t to, int first, const In* row,
                                        uint64_t policy) const {
@@ -214,15 +214,15 @@ struct Tokens {
     for (int pass = 0; pass < kPasses; ++pass) {
       const int token = first + RowOfPass<kTensor>(pass);
       if constexpr (kIsWide) {
-        const bool counts = Counts(token);
+        const bool exists = token < length;
         const In* from = row + (RowOfPass<kTensor>(pass) - RowOfPass<kTensor>(0)) * stride;
-        if constexpr (kIsSorted) from = data + (counts ? Position(token) : 0) * stride + Channel();
+        if constexpr (kIsSorted) from = data + (exists ? Position(token) : 0) * stride + Channel();
 #pragma unroll
         for (int i = 0; i < kWords; ++i) {
           // In FP32 two copies share sectors: through L1.
           ptx::CopyAsync16OrZeros<(kWords > 1)>(
               to + (pass * kWords + i) * (kThreads<kHeadDim> * 16), from + i * kPerWord,
-              counts && Channel() + i * kPerWord < head_dim, policy);
+              exists && Channel() + i * kPerWord < head_dim, policy);
         }
       } else {
         const Vector<In> vector = Load(token);
@@ -310,8 +310,9 @@ class Stream {
         row_(tokens.data + (first + T::template RowOfPass<kTensor>(0)) * tokens.stride +
              T::Channel()) {
     CopyChunk();
-    CopyChunk();
   }
+  // After the first, which is on its way by then. To be called once, before Next.
+  __device__ __forceinline__ void CopySecond() { CopyChunk(); }
   __device__ __forceinline__ void Next(Vector<In> (&x)[kPasses]) {
     if (!is_first_) CopyChunk();
     is_first_ = false;
