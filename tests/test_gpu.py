@@ -337,21 +337,43 @@ def test_random_masks(part):
 
 
 @pytest.mark.parametrize("recipe", NAMED)
-@pytest.mark.parametrize("kind", ["mask", "row mask", "bias", "segments", "lengths"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "mask",
+        "row mask",
+        "bias",
+        "segments",
+        "lengths",
+        "window",
+        "bias in a window",
+        "all but ids",
+    ],
+)
 def test_masks_of_more_items_than_sms(kind, recipe):
     """A persistent kernel goes round, and K and V come in more tiles than it has stages."""
     batch, length_q, length_kv, heads, kv_heads = 2, 1100, 700, 16, 2
     rng = np.random.default_rng(0)
     q, k, v = inputs("normal", (batch, length_q, heads, 64), (batch, length_kv, kv_heads, 64))
     ids = [np.sort(rng.integers(0, 4, (batch, n))).astype("int32") for n in (length_q, length_kv)]
+    rows = rng.random((1, 1, length_q, 1)) < 0.9
+    bias = rng.standard_normal((1, 1, length_q, length_kv)).astype("float32")
+    lengths = {
+        "query_seq_lengths": np.array([1000, 70]),
+        "key_value_seq_lengths": np.array([130, 700]),
+    }
+    # Some queries have windows behind all keys, and items of 256 begin at any key.
+    window = {"local_window_size": (150, 37)}
     given = {
         "mask": {"mask": rng.random((1, heads, length_q, length_kv)) < 0.5},
-        "row mask": {"mask": rng.random((1, 1, length_q, 1)) < 0.9},
-        "bias": {"bias": rng.standard_normal((1, 1, length_q, length_kv)).astype("float32")},
+        "row mask": {"mask": rows},
+        "bias": {"bias": bias},
         "segments": {"query_segment_ids": ids[0], "key_value_segment_ids": ids[1]},
-        "lengths": {"query_seq_lengths": np.array([1000, 70]),
-                    "key_value_seq_lengths": np.array([130, 700])},
-    }[kind]  # fmt: skip
+        "lengths": lengths,
+        "window": window,
+        "bias in a window": {"bias": bias, **window},
+        "all but ids": {"bias": bias, "mask": rows, **lengths, **window},
+    }[kind]
     check(q, k, v, recipe=recipe, **given)
 
 

@@ -11,7 +11,7 @@ from gpu_support import EACH_RECIPE, inputs, jitted, on_cpu, scale_log2, skip_wi
 from suite import NAMED
 
 from jax_sage import lowering_cuda, mask_operands, portable, quantization
-from jax_sage.masking import Band, Masks, Segments
+from jax_sage.masking import Band, Masks, Segments, View
 from jax_sage.recipe import BLOCK_KV, RECIPES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_gpu")]
@@ -163,6 +163,65 @@ def test_codes_where_some_keys_do_not_count(recipe, head_dim, dtype, name):
     q, k, v = inputs("normal", (2, 150, 4, head_dim), (2, 1100, 2, head_dim), dtype)
     k[0, 70, 1, 0], k[1, 1099, 0, 2], v[1, 900, 0, 2] = np.nan, -np.inf, np.inf
     assert_codes_are_as_in_portable(q, k, v, recipe, SEEN[name])
+
+
+def seen_by_few(rng, shape):
+    """Of each head a third of the keys is seen by no query, the others by three or so."""
+    if shape[-1] == 1:  # of queries that see all keys
+        return rng.random(shape) < 0.5
+    return (rng.random(shape) < 3 / shape[-2]) & (np.arange(shape[-1]) % 3 > 0)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize(
+    ("mask_shape", "bias_shape", "dtype", "limits"),
+    [
+        ((1, 1, 700, 300), None, None, {}),
+        ((2, 4, 700, 300), None, None, {}),
+        (None, (1, 1, 700, 300), "float32", {}),
+        (None, (1, 4, 700, 300), "bfloat16", {"left": 30}),
+        ((2, 1, 700, 300), (1, 4, 1, 300), "float16", {"lengths": True}),
+        ((1, 4, 700, 1), (2, 1, 700, 300), "float32", {"left": 9, "right": 5, "lengths": True}),
+        ((1, 1, 3, 5), None, None, {}),
+    ],
+)
+def test_seen_keys_are_as_in_portable(mask_shape, bias_shape, dtype, limits, kv_heads):
+    rng = np.random.default_rng(3)
+    length_q, length_kv = np.broadcast_shapes(*(x for x in (mask_shape, bias_shape) if x))[2:]
+    bias = None
+    if bias_shape is not None:
+        bias = np.where(seen_by_few(rng, bias_shape), 0, -np.inf).astype(jnp.dtype(dtype))
+        bias.flat[7::5000] = np.nan  # is seen
+    lengths = np.array([length_kv - 9, length_kv // 2]) if "lengths" in limits else None
+    masks = Masks(
+        mask=None if mask_shape is None else seen_by_few(rng, mask_shape),
+        bias=bias,
+        key_value_seq_lengths=lengths,
+    )
+
+    def views(masks, function):
+        band = Band(limits.get("left"), limits.get("right"))
+        view = View(
+            masks,
+            band,
+            batch_rank=1,
+            kv_heads=kv_heads,
+            length_q=length_q,
+            length_kv=length_kv,
+            padded_q=-(-length_q // 128) * 128,
+        )
+        return jnp.broadcast_to(function(view, masks), (2, kv_heads, length_kv))
+
+    def by_kernel(view, masks):
+        arrays = mask_operands.make(
+            view, masks, (2,), *2 * [jnp.zeros((2, length_kv, kv_heads, 64))]
+        )
+        return mask_operands.seen_keys(view, masks, arrays.arrays[0], (2,), kv_heads)
+
+    expected = on_cpu(jax.jit(lambda masks: views(masks, lambda view, _: view.seen_keys())), masks)
+    seen = jax.jit(lambda masks: views(masks, by_kernel))(masks)
+    assert 0 < np.asarray(expected).mean() < 1
+    np.testing.assert_array_equal(np.asarray(seen), np.asarray(expected))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

@@ -181,7 +181,6 @@ __device__ __forceinline__ void MakeQueryCodes(const Params& params, Ring<In, kH
   const int end = min(begin + kQueries, params.padded_q);
   const T tokens(params.query, head, params.heads, params.length_q, params.head_dim, nullptr);
   Stream<kQuery, T> stream(tokens, ring, begin, end, true);
-  stream.CopySecond();
   auto means = MeansOf<T, kQuery>(params, head / (params.heads / params.kv_heads));
 #pragma unroll 1
   for (int first = begin; first < end; first += T::kTokens) {
@@ -225,7 +224,8 @@ __device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params, co
       for (int c = 0; c < kVector; ++c) {
         float& value = values[pass][c];
         value = means.Center(value, c);
-        if (T::kHasUnseen && !counts) value = 0;  // it may not be finite
+        // By the size of a segment that it does not count in it may have become infinite.
+        if (Means::kBySlot && !counts) value = 0;
         row_absmax = fmaxf(row_absmax, fabsf(value));
       }
       if (counts) absmax = fmaxf(absmax, row_absmax);

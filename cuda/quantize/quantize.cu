@@ -38,46 +38,76 @@ struct Shared {
   SharedOfItem<kHeadDim> of_item;
 };
 
-// The statistics of a part of K or V of a head, or its codes.
+// A part of K or V of a head.
+struct Part {
+  int head, number;
+  int begin, end;  // its tokens
+  bool is_codes;   // else its statistics are made
+};
+
+template <Tensor kTensor, class In, int kAccess, int kHeadDim>
+__device__ __forceinline__ Tokens<In, kAccess, kHeadDim> TokensOf(const QuantizeParams& params,
+                                                                  int head) {
+  return {kTensor == kKey ? params.key : params.value,
+          head,
+          params.kv_heads,
+          params.length_kv,
+          params.head_dim,
+          kAccess & kSomeSeen ? SeenBy(params, head) : nullptr};
+}
+
 template <Tensor kTensor, class In, int kAccess, int kHeadDim>
 __device__ __forceinline__ void MakePart(const QuantizeParams& params, const Plan& plan,
-                                         Shared<In, kHeadDim>& shared, int head, int part,
-                                         bool is_codes) {
+                                         Shared<In, kHeadDim>& shared, const Part& part) {
+  const auto tokens = TokensOf<kTensor, In, kAccess, kHeadDim>(params, part.head);
   using T = Tokens<In, kAccess, kHeadDim>;
-  T tokens(kTensor == kKey ? params.key : params.value, head, params.kv_heads, params.length_kv,
-           params.head_dim, SeenBy(params, head));
-  const int64_t start = static_cast<int64_t>(part) * plan.tokens_per_part;
+  Stream<kTensor, T> stream(tokens, shared.ring, part.begin, part.end, part.is_codes);
+  if (!part.is_codes) {
+    MakeStatistics<kTensor>(params, plan, shared.of_item.statistics, tokens, stream, part.head,
+                            part.number, part.begin, part.end);
+  } else if (part.begin == part.end) {
+    return;
+  } else if constexpr (kTensor == kKey) {
+    MakeKeyCodes<T>(params, shared.of_item.key, tokens, stream, part.head, part.begin, part.end);
+  } else if (params.fp8_value) {
+    MakeValueCodes<true, T>(params, shared.of_item.value, tokens, stream, part.head, part.begin,
+                            part.end);
+  } else {
+    MakeValueCodes<false, T>(params, shared.of_item.value, tokens, stream, part.head, part.begin,
+                             part.end);
+  }
+}
+
+// The statistics of a part of K or V of a head, or its codes. Where all of its keys are seen, which
+// is most often so, or none, that is found out once.
+template <Tensor kTensor, class In, int kAccess, int kHeadDim>
+__device__ __forceinline__ void MakeItem(const QuantizeParams& params, const Plan& plan,
+                                         Shared<In, kHeadDim>& shared, int head, int number,
+                                         bool is_codes) {
+  const int64_t start = static_cast<int64_t>(number) * plan.tokens_per_part;
   const int64_t length = is_codes ? params.padded_kv : params.length_kv;
   const int end = static_cast<int>(min(start + plan.tokens_per_part, length));
   const int begin = static_cast<int>(min(start, static_cast<int64_t>(end)));
-  Stream<kTensor, T> stream(tokens, shared.ring, begin, end, is_codes);
-  const bool counts = PartCounts(tokens, begin, end);
-  if (counts) {
-    stream.CopySecond();
-  } else {
-    ptx::CopyAsyncWait<0>();  // nothing is under way when the CTA ends
-  }
-  if (!is_codes) {
-    MakeStatistics<kTensor>(params, plan, shared.of_item.statistics, tokens, stream, head, part,
-                            begin, counts ? end : begin);
-    return;
-  }
-  if (begin == end) return;
-  if (!counts) {
-    if (kTensor == kKey) {
-      ZeroKeyCodes<kHeadDim>(params, head, begin, end - begin);
-    } else {
-      ZeroValueCodes<kHeadDim>(params, head, begin, end - begin);
+  Part part{head, number, begin, end, is_codes};
+  if constexpr ((kAccess & kSomeSeen) != 0) {
+    const int end_token = min(end, params.length_kv);
+    const int count =
+        CountSeen(TokensOf<kTensor, In, kAccess, kHeadDim>(params, head), begin, end_token);
+    if (count == 0 && is_codes) {
+      if (kTensor == kKey) {
+        ZeroKeyCodes<kHeadDim>(params, head, begin, end - begin);
+      } else {
+        ZeroValueCodes<kHeadDim>(params, head, begin, end - begin);
+      }
+      return;
     }
-    return;
+    if (count == 0) part.end = begin;
+    if (count == 0 || count == end_token - begin) {
+      MakePart<kTensor, In, kAccess & ~kSomeSeen>(params, plan, shared, part);
+      return;
+    }
   }
-  if constexpr (kTensor == kKey) {
-    MakeKeyCodes<T>(params, shared.of_item.key, tokens, stream, head, begin, end);
-  } else if (params.fp8_value) {
-    MakeValueCodes<true, T>(params, shared.of_item.value, tokens, stream, head, begin, end);
-  } else {
-    MakeValueCodes<false, T>(params, shared.of_item.value, tokens, stream, head, begin, end);
-  }
+  MakePart<kTensor, In, kAccess>(params, plan, shared, part);
 }
 
 template <class In, int kHeadDim>
@@ -116,9 +146,9 @@ __global__ void __launch_bounds__(kThreads<kHeadDim>, kCtasPerSm<In, kHeadDim>)
   }
   const int unit = item / params.parts, part = item % params.parts;
   if (unit % 2 == kKey) {
-    MakePart<kKey, In, kAccess>(params, plan, shared, unit / 2, part, is_codes);
+    MakeItem<kKey, In, kAccess>(params, plan, shared, unit / 2, part, is_codes);
   } else {
-    MakePart<kValue, In, kAccess>(params, plan, shared, unit / 2, part, is_codes);
+    MakeItem<kValue, In, kAccess>(params, plan, shared, unit / 2, part, is_codes);
   }
 }
 

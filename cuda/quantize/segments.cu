@@ -174,7 +174,6 @@ __device__ __forceinline__ void MakePart(const SegmentedParams& params, const Pl
     next = EndOfRun(ids, run, end);
     tokens.length = next;  // nothing is loaded of those behind
     Stream<kTensor, T> stream(tokens, ring, run, next, false);
-    stream.CopySecond();
     int count = 0;
 #pragma unroll 1
     for (int i = run; i < next; i += kThreads<kHeadDim>) {  // all have read `shared`
@@ -305,12 +304,10 @@ __global__ void __launch_bounds__(kThreads<kHeadDim>, kCtasPerSm<In, kAccess, kH
                  params.length_kv, params.head_dim, SeenBy(params, head));
   if (unit % 2 == kKey) {
     Stream<kKey, T> stream(tokens, ring, first, end, true);
-    stream.CopySecond();
     MakeKeyCodes<T>(params, shared.key, tokens, stream, head, first, end);
     return;
   }
   Stream<kValue, T> stream(tokens, ring, first, end, true);
-  stream.CopySecond();
   if (params.fp8_value) {
     MakeValueCodes<true, T>(params, shared.value, tokens, stream, head, first, end);
   } else {

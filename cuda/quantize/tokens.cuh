@@ -202,8 +202,8 @@ struct Tokens {
     return vector;
   }
   // The passes of a chunk to an address in shared memory, kWords words a pass, kThreads<kHeadDim>
-  // apart; those of tokens that exist, whether they count or not: that would have to be known
-  // first. `row`: of the thread in the first pass.
+  // apart.
+  // `row`: of the thread in the first pass.
   template <Tensor kTensor>
   __device__ __forceinline__ void Copy(uint32_t to, int first, const In* row,
                                        uint64_t policy) const {
@@ -214,15 +214,15 @@ struct Tokens {
     for (int pass = 0; pass < kPasses; ++pass) {
       const int token = first + RowOfPass<kTensor>(pass);
       if constexpr (kIsWide) {
-        const bool exists = token < length;
+        const bool counts = Counts(token);
         const In* from = row + (RowOfPass<kTensor>(pass) - RowOfPass<kTensor>(0)) * stride;
-        if constexpr (kIsSorted) from = data + (exists ? Position(token) : 0) * stride + Channel();
+        if constexpr (kIsSorted) from = data + (counts ? Position(token) : 0) * stride + Channel();
 #pragma unroll
         for (int i = 0; i < kWords; ++i) {
           // In FP32 two copies share sectors: through L1.
           ptx::CopyAsync16OrZeros<(kWords > 1)>(
               to + (pass * kWords + i) * (kThreads<kHeadDim> * 16), from + i * kPerWord,
-              exists && Channel() + i * kPerWord < head_dim, policy);
+              counts && Channel() + i * kPerWord < head_dim, policy);
         }
       } else {
         const Vector<In> vector = Load(token);
@@ -261,23 +261,16 @@ __device__ __forceinline__ bool ChunkCounts(const T& tokens, int first) {
   __syncthreads();
   return true;
 }
-// Whether one of the tokens `begin` to `end` - 1 does. Where all do, nothing is looked up from here
-// on. Synchronizes, if it looks.
+// How many of the tokens `begin` to `end` - 1 do. Synchronizes.
 template <class T>
-__device__ __forceinline__ bool PartCounts(T& tokens, int begin, int end) {
-  if constexpr (T::kHasUnseen) {
-    bool some = false, all = true;
+__device__ __forceinline__ int CountSeen(const T& tokens, int begin, int end) {
+  int count = 0;
 #pragma unroll 1
-    for (int token = begin + threadIdx.x; token < min(end, tokens.length); token += blockDim.x) {
-      const bool counts = tokens.Counts(token);
-      some |= counts;
-      all &= counts;
-    }
-    some = __syncthreads_or(some);
-    if (__syncthreads_and(all)) tokens.seen = nullptr;
-    return some;
+  for (int first = begin; first < end; first += blockDim.x) {
+    const int token = first + threadIdx.x;
+    count += __syncthreads_count(token < end && tokens.Counts(token));
   }
-  return true;
+  return count;
 }
 
 // Chunks of tokens in shared memory.
@@ -310,9 +303,8 @@ class Stream {
         row_(tokens.data + (first + T::template RowOfPass<kTensor>(0)) * tokens.stride +
              T::Channel()) {
     CopyChunk();
+    CopyChunk();
   }
-  // After the first, which is on its way by then. To be called once, before Next.
-  __device__ __forceinline__ void CopySecond() { CopyChunk(); }
   __device__ __forceinline__ void Next(Vector<In> (&x)[kPasses]) {
     if (!is_first_) CopyChunk();
     is_first_ = false;
