@@ -165,6 +165,8 @@ std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buf
   const bool some_seen = check.Flag(attrs, "some_seen");
   const bool segments = check.Flag(attrs, "segments");
   check.Require(some_seen || !segments, "attribute segments needs some_seen");
+  check.Require(!check.Flag(attrs, "skip_unseen") || (some_seen && !segments),
+                "attribute skip_unseen needs some_seen and is not for segments");
   check.Count("arguments", args.size(), segments ? 7 : some_seen ? 5 : 3);
   check.Count("results", results.size(), segments ? 15 : 11);
   if (!check.Ok()) return check.message();

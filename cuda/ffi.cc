@@ -130,7 +130,7 @@ ffi::Error TooManyChannels(const char* call, int64_t head_dim) {
 
 ffi::Error QuantizeImpl(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
                         float scale_log2, int64_t smooth_k, int64_t smooth_v, int64_t some_seen,
-                        int64_t segments) {
+                        int64_t skip_unseen, int64_t segments) {
   std::vector<ffi::AnyBuffer> in;
   std::vector<Buffer> described;
   if (auto error = Collect(args, in, described); error.failure()) return error;
@@ -148,6 +148,7 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remai
                                              {"smooth_k", static_cast<double>(smooth_k)},
                                              {"smooth_v", static_cast<double>(smooth_v)},
                                              {"some_seen", static_cast<double>(some_seen)},
+                                             {"skip_unseen", static_cast<double>(skip_unseen)},
                                              {"segments", static_cast<double>(segments)}},
                                             &sizes);
   if (!message.empty()) return Invalid(message);
@@ -209,6 +210,7 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remai
   params.smooth_k = smooth_k != 0;
   params.smooth_v = smooth_v != 0;
   params.fp8_value = sizes.fp8_value;
+  params.skip_unseen = skip_unseen != 0;
   return FromCuda("quantize", segments != 0 ? LaunchQuantizeSegments(params, stream)
                                             : LaunchQuantize(params, stream));
 }
@@ -450,6 +452,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageQuantize, jax_sage::QuantizeImpl,
                                   .Attr<int64_t>("smooth_k")
                                   .Attr<int64_t>("smooth_v")
                                   .Attr<int64_t>("some_seen")
+                                  .Attr<int64_t>("skip_unseen")
                                   .Attr<int64_t>("segments"),
                               {xla::ffi::Traits::kCmdBufferCompatible});
 

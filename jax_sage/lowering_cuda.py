@@ -141,7 +141,9 @@ def _masked(
         return run(query, (*quantized, *operands.arrays), **operands.attributes)
     count = jnp.maximum(seen.sum(-1, dtype=jnp.float32), np.float32(1))
     per_key = jnp.broadcast_to(np.float32(1) / count, size)
-    quantized = codes(seen=(seen, per_key))
+    # Kernels load no tile that lies outside of all intervals.
+    intervals = masks.mask is None and masks.bias is None
+    quantized = codes(seen=(seen, per_key), skip_unseen=intervals)
     return run(query, (*quantized, per_key, *operands.arrays), **operands.attributes)
 
 
@@ -173,12 +175,14 @@ def quantize(
     scale_log2: float,
     recipe: Recipe,
     seen: tuple[jax.Array, ...] = (),
+    skip_unseen: bool = False,
     segments: tuple[jax.Array, ...] = (),
 ) -> tuple[jax.Array, ...]:
     """The operands of the attention call, in its order. B is the product of the batch dims.
 
     ``seen``: whether a key counts, uint8 [B, K, S] or with ones, and without segments 1 / how many
-    do, float32 [B, K]. ``segments``: see mask_operands.sorted_segments. A segment's slot is the
+    do, float32 [B, K]. ``skip_unseen``: parts of keys that nobody sees get no codes, where zeros
+    would be read by nobody. ``segments``: see mask_operands.sorted_segments. A segment's slot is the
     place of its first key among the sorted ones; tables by slot are as long as the keys: 18 bytes
     for each of their padded channels, 8 of them until the attention is done.
     """
@@ -244,6 +248,7 @@ def quantize(
         smooth_k=np.int64(recipe.smooth_k),
         smooth_v=np.int64(recipe.smooth_v),
         some_seen=np.int64(len(seen) > 0),
+        skip_unseen=np.int64(skip_unseen),
         segments=np.int64(len(segments) > 0),
     )
     return tuple(results[: len(quantized)])

@@ -271,6 +271,7 @@ def test_masks_are_lowered_to_kernels(name):
     # The others' queries see all keys between them.
     seen = name in ("mask", "bias", "lengths", "segments")
     assert attribute(quantize, "some_seen") == (str(int(seen)), "i64")
+    assert attribute(quantize, "skip_unseen") == (str(int(name == "lengths")), "i64")
     assert attribute(quantize, "segments") == (str(int(name == "segments")), "i64")
 
 
@@ -436,11 +437,11 @@ def right_call(which, recipe="8+8", query=(2, 300, 4, 80), key=(2, 1100, 2, 80))
         v = quantized[5][1]
         parts = ("F32", [*v[:2], 3, 6, quantized[3][1][3]])
         attrs = {"scale_log2": 0.2, "smooth_k": 1.0, "smooth_v": 0.0, "some_seen": 0.0}
-        attrs["segments"] = 0.0
+        attrs |= {"segments": 0.0, "skip_unseen": 0.0}
         arrivals = ("S32", [*v[:2], 2])
         args = [describe(q), describe(k), describe(k)]
         if which == "quantize of seen":
-            attrs["some_seen"] = 1.0
+            attrs |= {"some_seen": 1.0, "skip_unseen": 1.0}
             args += [("U8", [batch, kv_heads, tokens]), ("F32", [batch, kv_heads])]
         if which == "quantize of segments":
             attrs |= {"some_seen": 1.0, "segments": 1.0}
@@ -611,6 +612,8 @@ def test_wrong_dtypes_are_named(which, recipe):
         ("quantize", "smooth_k", [2, -1, 0.5]),
         ("quantize", "smooth_v", [2, -1, math.nan]),
         ("quantize", "some_seen", [2, -1, math.nan]),
+        ("quantize", "skip_unseen", [1, 2, -1, math.nan]),
+        ("quantize of segments", "skip_unseen", [1]),
         ("quantize", "segments", [2, -1, math.nan]),
         ("quantize of seen", "segments", [2]),
         ("attention", "masked", [2, -1, math.nan]),

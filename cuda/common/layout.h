@@ -28,6 +28,10 @@ constexpr int32_t kNever = 0x7fffffff;
 // on its order. 2^63 / (1.875 * 2^24) leaves room for 10^11 keys.
 constexpr float kCodeUnit = 0x1p-24f;
 
+// K and V are quantized in parts of a multiple of so many keys. Where queries see intervals of keys
+// a part that nobody sees has no codes: attention may load no tile across the ends of a part.
+constexpr int KeysOfPart(int padded_head_dim) { return padded_head_dim == 64 ? 128 : 64; }
+
 constexpr int kMaskRows = 64;   // queries, and keys, of which it is known together whether all or
 constexpr int kMaskKeys = 128;  // none of them are seen
 // A bias (base 2) from here down hides its key.

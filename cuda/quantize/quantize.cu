@@ -94,6 +94,7 @@ __device__ __forceinline__ void MakeItem(const QuantizeParams& params, const Pla
     const int count =
         CountSeen(TokensOf<kTensor, In, kAccess, kHeadDim>(params, head), begin, end_token);
     if (count == 0 && is_codes) {
+      if (params.skip_unseen) return;
       if (kTensor == kKey) {
         ZeroKeyCodes<kHeadDim>(params, head, begin, end - begin);
       } else {

@@ -47,6 +47,7 @@ struct QuantizeParams {
   bool smooth_k;
   bool smooth_v;
   bool fp8_value;
+  bool skip_unseen;  // no codes of parts that nobody sees; otherwise zeros
 };
 
 // Rows of `partials`: per channel and part, sums of K and V, extrema of V, and the first positions

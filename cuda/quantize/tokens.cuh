@@ -146,6 +146,7 @@ struct Tokens {
   static constexpr int kThreadsPerRow = kHeadDim / kVector;
   static constexpr int kRows = kThreads<kHeadDim> / kThreadsPerRow;
   static constexpr int kTokens = kRows * kPasses;
+  static_assert(kTokens % KeysOfPart(kHeadDim) == 0, "parts are of whole chunks");
   static constexpr bool kIsSorted = (kAccess & kSorted) != 0;
   static constexpr bool kHasUnseen = (kAccess & kSomeSeen) != 0;
 

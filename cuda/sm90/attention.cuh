@@ -337,7 +337,10 @@ cudaError_t Launch(const AttentionParams& params, cudaStream_t stream) {
   const int64_t groups = (params.length_q + kRows - 1) / kRows * static_cast<int64_t>(heads);
   // A plan has so many bits for the number of a tile.
   const int tiles = params.padded_kv / T::kTile;
-  if (groups > INT32_MAX || (T::kMasked && tiles >= (1 << (32 - kTileShift)) - 1)) {
+  // Without a plan a tile that somebody sees in part has codes only if it lies in one part.
+  const bool may_cross = !T::kMasked && KeysOfPart(T::kHeadDim) % T::kTile != 0;
+  if (groups > INT32_MAX || (T::kMasked && tiles >= (1 << (32 - kTileShift)) - 1) ||
+      (may_cross && params.masks.rows != nullptr)) {
     return cudaErrorInvalidConfiguration;
   }
   TensorMaps maps{};
