@@ -139,10 +139,14 @@ def _masked(
             segments=mask_operands.sorted_segments(masks, batch, view.padded_q, length_kv),
         )
         return run(query, (*quantized, *operands.arrays), **operands.attributes)
-    count = jnp.maximum(seen.sum(-1, dtype=jnp.float32), np.float32(1))
-    per_key = jnp.broadcast_to(np.float32(1) / count, size)
-    # Kernels load no tile that lies outside of all intervals.
     intervals = masks.mask is None and masks.bias is None
+    if intervals:
+        first, end = (mask_operands.flat_batch(x, batch) for x in view.seen_interval())
+        count = (end - first).astype(jnp.float32)  # negative where no query sees a key
+    else:
+        count = seen.sum(-1, dtype=jnp.float32)
+    per_key = jnp.broadcast_to(np.float32(1) / jnp.maximum(count, np.float32(1)), size)
+    # Kernels load no tile that lies outside of all intervals.
     quantized = codes(seen=(seen, per_key), skip_unseen=intervals)
     return run(query, (*quantized, per_key, *operands.arrays), **operands.attributes)
 

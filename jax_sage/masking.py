@@ -171,11 +171,17 @@ class View:
         """Whether no query is kept from any key by its position."""
         return self.band == Band() and not self.has_lengths
 
+    def seen_interval(self) -> tuple[jax.Array, jax.Array]:
+        """The keys [first, end) that lie in any query's interval, [*B, 1] each: empty if none.
+
+        Neighbouring queries have neighbouring intervals: together they are one interval.
+        """
+        return self.first.min(-1, keepdims=True), self.end.max(-1, keepdims=True)
+
     def seen_keys(self) -> jax.Array:
         """Whether a key is seen by any query of its key/value head: [*B, K, S] or with ones."""
         if self.mask is None and self.bias is None and self.query_segments is None:
-            # Neighbouring queries have neighbouring intervals: together they are one interval.
-            first, end = self.first.min(-1, keepdims=True), self.end.max(-1, keepdims=True)
+            first, end = self.seen_interval()
             keys = jnp.arange(self.length_kv, dtype=jnp.int32)
             return ((first <= keys) & (keys < end))[..., None, :]
         if self.query_segments is None and self.is_unlimited():

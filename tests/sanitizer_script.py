@@ -34,9 +34,11 @@ MANY, FEW = (2, 1100, 700, 16, 2, 64), (2, 150, 300, 2, 1, 128)
 PARTS, LARGE_PARTS = (2, 150, 700, 2, 1, 128), (1, 150, 700, 2, 1, 256)
 MASKED = [
     ("8+8", False, False, "window", MANY),
-    ("8+8", False, True, "mask", MANY),
+    ("8+8", False, True, "mask window", MANY),
     ("8+8", False, True, "bias", MANY),
     ("8+16", False, True, "lengths", MANY),
+    ("8+16", False, True, "mask", FEW),
+    ("8+16", False, True, "bias", FEW),
     ("8+16", False, True, "mask bias", FEW),
     ("8+8", False, True, "mask bias lengths window", FEW),
     ("8+8", True, True, "mask lengths", FEW),

@@ -122,7 +122,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       sums.Retire(count);
       release(barriers.VEmpty(stage));
     };
-    // Of the warpgroup's row, half of this thread's two.
+    // Of a row, `half` of this thread's two.
     const auto interval_of = [&](int half) {
       return ptx::LoadSharedAs<int2>(shared + T::kIntervals + warpgroup * T::kIntervalBytes +
                                      (16 * warp + lane / 4 + 8 * half) * 8);
@@ -244,6 +244,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       for (int count = 0; count < my_tiles; ++count) {
         const auto softmax = [&](auto blocks, uint32_t (&p)[T::kBlocks][Pv::kRegisters]) {
           const int tile = mine.first + count;
+          // Its buffer has been read, beneath PV of the tile before.
           if (count + 1 < my_tiles) copy_bias(tile + 1);
           if (count >= first_whole && count < end_whole) {
             scores.Softmax(blocks, p, sums, count == 0, Everything(), T::kTile, opaque_zero);
