@@ -185,10 +185,10 @@ def quantize(
     """The operands of the attention call, in its order. B is the product of the batch dims.
 
     ``seen``: whether a key counts, uint8 [B, K, S] or with ones, and without segments 1 / how many
-    do, float32 [B, K]. ``skip_unseen``: parts of keys that nobody sees get no codes, where zeros
-    would be read by nobody. ``segments``: see mask_operands.sorted_segments. A segment's slot is the
-    place of its first key among the sorted ones; tables by slot are as long as the keys: 18 bytes
-    for each of their padded channels, 8 of them until the attention is done.
+    do, float32 [B, K]. ``skip_unseen``: parts of keys that nobody sees get no codes; otherwise
+    zeros. ``segments``: see mask_operands.sorted_segments. A segment's slot is the place of its
+    first key among the sorted ones; tables by slot are as long as the keys: 18 bytes for each of
+    their padded channels, 8 of them until the attention is done.
     """
     batch = math.prod(query.shape[:-3])
     length_q, heads, head_dim = query.shape[-3:]

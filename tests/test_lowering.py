@@ -265,7 +265,7 @@ def test_masks_are_lowered_to_kernels(name):
     for part in ("mask", "segments", "bias"):
         assert attribute(attention, part) == (str(int(name == part)), "i64")
     assert ("jax_sage_pack_mask" in calls) == (name == "mask")
-    assert ("jax_sage_seen_keys" in calls) == (name in ("mask", "bias"))
+    assert ("jax_sage_seen_keys" in calls) == (name == "mask")  # of one row XLA makes it
     assert attribute(attention, "alike") == (str(int(name != "alignment")), "i64")
     quantize = calls["jax_sage_quantize"]
     # The others' queries see all keys between them.
@@ -319,6 +319,10 @@ def test_masks_stay_as_small_as_they_were_given():
     assert signature(calls["jax_sage_pack_mask"]) == (
         [((1, 1, 512, 640), "i1")],
         [((1, 1, 5, 512, 4), "ui32"), ((1, 1, 8, 5), "ui8")],
+    )
+    assert signature(calls["jax_sage_seen_keys"]) == (
+        [((1, 512, 2), "i32"), ((1, 1, 512, 640), "i1"), ((1, 1, 1, 640), "f16")],
+        [((1, 1, 640), "ui8")],
     )
     operands, _ = signature(calls["jax_sage_attention"])
     assert operands[-1] == ((1, 1, 1, 640), "f16")
@@ -569,6 +573,8 @@ def corruptions(which, recipe):
                     if name == "partials" and axis == 2 and 0 < wrong <= TIGHT["key"][1]:
                         if which != "quantize of segments":  # which counts by part too
                             continue  # any number of parts is right
+                    if name == "seen" and side == 1 and axis == 1 and wrong == 2 * size:
+                        continue  # as many heads of K as of Q
                     if name == "mask" and axis == 3 and wrong == size + 1:
                         continue  # another mask, in as many tiles
                     yield name, side, i, (dtype, [*dims[:axis], wrong, *dims[axis + 1 :]])
