@@ -108,6 +108,7 @@ def test_attributes(recipe, is_causal):  # fmt: skip
     assert attribute(quantize, "smooth_v") == (str(int(recipe.smooth_v)), "i64")
     assert attribute(attention, "length_kv") == ("300", "i64")
     assert attribute(attention, "is_causal") == (str(int(is_causal)), "i64")
+    assert attribute(attention, "alike") == (str(int(not is_causal)), "i64")
     assert attribute(attention, "exact_lse") == ("1", "i64")
     assert attribute(attention, "pv_accumulator") == (recipe.pv_accumulator[2:], "i64")
     assert attribute(attention, "mma_sync") == ("0", "i64")
@@ -575,7 +576,7 @@ def corruptions(which, recipe):
                             continue  # any number of parts is right
                     if name == "seen" and side == 1 and axis == 1 and wrong == 2 * size:
                         continue  # as many heads of K as of Q
-                    if name == "mask" and axis == 3 and wrong == size + 1:
+                    if which == "pack_mask" and name == "mask" and axis == 3 and wrong == size + 1:
                         continue  # another mask, in as many tiles
                     yield name, side, i, (dtype, [*dims[:axis], wrong, *dims[axis + 1 :]])
 
@@ -676,6 +677,28 @@ def test_masks_may_have_ones():
     args[-1] = (dtype, [*dims[:3], 2])  # two columns stand for all keys
     assert complaint("attention", args, results, attrs) is None
     assert "bias is F16" in complaint("attention", [*args[:-1], (dtype, [1] * 4)], results, attrs)
+
+
+@needs_module
+def test_seen_keys_may_have_ones():
+    args, results, attrs = right_call("seen_keys")
+    for i, axis in [(0, 0), *((i, axis) for i in (1, 2) for axis in range(4))]:
+        dtype, dims = args[i]
+        args[i] = (dtype, [*dims[:axis], 1, *dims[axis + 1 :]])
+        assert complaint("seen_keys", args, results, attrs) is None, (i, axis)
+        if (i, axis) == (1, 1):  # the bias has heads of its own; the result must not have others
+            wrong = [("U8", [2, 3, 1100])]
+            assert "seen" in complaint("seen_keys", args, wrong, attrs)
+    # All are alike for all heads now, but not the result.
+    assert complaint("seen_keys", args, [("U8", [2, 1, 1100])], attrs) is None
+
+
+@needs_module
+def test_mask_and_bias_of_other_numbers_of_heads_are_reported():
+    args, results, attrs = right_call("seen_keys")
+    dtype, (batch, heads, *rest) = args[1]
+    args[1] = (dtype, [batch, heads // 2, *rest])
+    assert "mask" in complaint("seen_keys", args, results, attrs)
 
 
 @needs_module

@@ -1,6 +1,7 @@
 """jax_sage.masking against definitions spelt out for every query and key."""
 
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import reference
 
+from jax_sage import lowering_cuda, mask_operands
 from jax_sage.masking import Band, Masks, Segments, View
 
 
@@ -224,3 +226,56 @@ def test_tables_of_segments(length):
         place = x.key_index[b, s]
         np.testing.assert_array_equal(total[b, :, place], own.sum(1))
         np.testing.assert_array_equal(largest[b, :, place], own.max(1))
+
+
+# What the kernels rest on where queries see intervals of keys. Keys of a part are a multiple of the
+# first, by head dimension (kTokens in cuda/quantize), tiles are of the others.
+CHUNKS_AND_TILES = {64: (128, (64, 128)), 128: (64, (64,)), 256: (64, (64,))}
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_tiles_that_somebody_sees_lie_in_parts_that_have_codes(seed):
+    """Parts that nobody sees get none: no item of queries may have a tile of one."""
+    rng = np.random.default_rng(seed)
+    length_q, length_kv = map(int, rng.integers(1, 1500, 2))
+    limits = [None, 0, 5, 64, 300, 1000]
+    band = Band(*(limits[i] for i in rng.integers(len(limits), size=2)), bool(rng.integers(2)))
+    lengths = rng.integers(0, [length_q + 1, length_kv + 1], (2, 2)).astype(np.int32)
+    masks = Masks(
+        query_seq_lengths=lengths[:, 0] if rng.integers(2) else None,
+        key_value_seq_lengths=lengths[:, 1] if rng.integers(2) else None,
+    )
+    padded_q = mask_operands.round_up(length_q, 128)
+    view = View(
+        masks,
+        band,
+        batch_rank=1,
+        kv_heads=1,
+        length_q=length_q,
+        length_kv=length_kv,
+        padded_q=padded_q,
+    )
+    visible, _ = view.block(jnp.int32(0), padded_q, jnp.int32(0), length_kv)
+    seen = np.broadcast_to(visible, (2, *visible.shape[1:])).any((1, 2, 3))  # [B, S]
+    first, end = view.seen_interval()
+    np.testing.assert_array_equal(np.maximum(end - first, 0).ravel(), seen.sum(-1)[: len(first)])
+
+    nothing = jnp.zeros((2, length_kv, 1, 1))
+    groups = np.asarray(mask_operands.make(view, masks, (2,), nothing, nothing).arrays[1])
+    looked_at = 0
+    for head_dim, (chunk, tiles) in CHUNKS_AND_TILES.items():
+        parts = lowering_cuda._parts(length_kv, head_dim, 4)
+        keys_of_part = mask_operands.round_up(math.ceil(length_kv / parts), chunk)
+        for tile, size, batch in itertools.product(tiles, (1, 2, 3, 4), range(len(groups))):
+            assert keys_of_part % tile == 0
+            of_batch = groups[batch][: math.ceil(length_q / 64)]
+            for i in range(0, len(of_batch), size):  # an item
+                item = of_batch[i : i + size]
+                begin, until = item[:, 0].min(), item[:, 1].max()
+                if begin >= until:
+                    continue
+                for start in range(begin // tile * tile, until, tile):
+                    part = start // keys_of_part * keys_of_part
+                    assert seen[batch, part : part + keys_of_part].any()
+                    looked_at += 1
+    assert looked_at or not seen.any()
