@@ -28,7 +28,8 @@ LARGE = [
 # More items than any GPU has SMs (on Hopper 160 of 256 queries), more tiles of keys than stages: a
 # persistent kernel goes round. Those on mma.sync are not persistent.
 MANY_TILES = (2, 1100, 700, 16, 2, 64, "bfloat16", "8+8", True)
-# (recipe, mma_sync, exact_lse, what there is of masks, shape), one for each kernel on wgmma.
+# (recipe, mma_sync, exact_lse, what there is of masks, shape): of each kind of kernel on wgmma,
+# with intervals, a bias, a mask or segments, and both of these.
 MANY, FEW = (2, 1100, 700, 16, 2, 64), (2, 150, 300, 2, 1, 128)
 # Two parts of the sorted keys, which share a segment.
 PARTS, LARGE_PARTS = (2, 150, 700, 2, 1, 128), (1, 150, 700, 2, 1, 256)

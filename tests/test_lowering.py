@@ -689,7 +689,7 @@ def test_seen_keys_may_have_ones():
         if (i, axis) == (1, 1):  # the bias has heads of its own; the result must not have others
             wrong = [("U8", [2, 3, 1100])]
             assert "seen" in complaint("seen_keys", args, wrong, attrs)
-    # All are alike for all heads now, but not the result.
+    # Neither has heads of its own by now: one of the result may stand for all.
     assert complaint("seen_keys", args, [("U8", [2, 1, 1100])], attrs) is None
 
 

@@ -115,11 +115,12 @@ def test_kernels_on_wgmma_keep_to_registers_and_stay_asynchronous(source, tmp_pa
     used = local_memory("90a", binary)
     assert used
     for name, memory in used.items():
-        # The producer plans with masks, and may have a few registers too few; consumers not in
-        # their loop, but where a bias is with FP32 sums of 256 channels.
+        # The producer plans with a mask or segments, and may have a few registers too few;
+        # consumers not in their loop, but where a bias is with FP32 sums.
         biased = "MaskingE1" in name or "MaskingE3" in name
         masked = "MaskingE0" not in name
-        if biased and "PvFp16ILi256E" in name:
+        biased_fp16 = biased and "PvFp16" in name
+        if biased_fp16 and "ILi256E" in name:
             assert sum(memory) <= 160, name
             continue
         assert sum(memory) <= (48 if masked else 0), name
@@ -128,7 +129,7 @@ def test_kernels_on_wgmma_keep_to_registers_and_stay_asynchronous(source, tmp_pa
         first = [x[1] for x in instructions].index("ACQBULK")
         assert not [x for x in instructions[:first] if re.match("LDG|UTMALDG|UBLKCP", x[1])], name
         loop = matrix_range(instructions)
-        assert biased or not [x for x in loop if x[1].startswith(("LDL", "STL"))], name
+        assert biased_fp16 or not [x for x in loop if x[1].startswith(("LDL", "STL"))], name
 
 
 def policies_of_copies(functions: list[tuple[str, str]]) -> set[int]:
