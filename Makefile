@@ -1,4 +1,4 @@
-# make test        lint and every test that needs no GPU
+# make test        lint and every test that needs no GPU; with nvcc also those of the kernels that the CPU can run
 # make test-models the same on models of other packages, which are 3 GB (TensorFlow among them)
 # make demo        trains the example language model
 # make gpu-check   on a machine with an NVIDIA GPU: the GPU's tests, then the record of its results
@@ -20,6 +20,7 @@ export PYTHONSAFEPATH := 1
 
 .PHONY: test test-models lint demo gpu-check gpu-status have-gpu
 
+NVCC := $(shell command -v "$${CUDACXX:-nvcc}" || command -v "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc")
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cuda -type f -not -path '*/__pycache__/*')
 JAX_FOR_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 'jax[cuda13]')
 
@@ -37,14 +38,23 @@ JAX_FOR_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 'jax[cuda13]')
 	@grep -m 1 'jax_sage: .* build' .venv/install.log
 	@touch $@
 
+# The kernels, built for the CPU. Of nvcc the headers are needed.
+.venv/emulated.so: .venv/test.stamp $(wildcard tests/emulator/*.*)
+	.venv/bin/python tests/emulator/sources.py "$(NVCC)" $@
+
 lint: .venv/test.stamp
 	.venv/bin/python -m ruff check
 	.venv/bin/python -m mypy
 
-test: lint
+test: lint $(if $(NVCC),.venv/emulated.so)
 	@set -- $$(.venv/bin/python jax_sage/record.py status); test "$$1" = fresh || \
 	  echo "warning: the GPU record is $$(echo $$1 $$2 $$3 $$4 $$5)$${6:+ and $$(($$# - 5)) more}; renew it by make gpu-check on a machine with a GPU"
 	.venv/bin/python -m pytest tests -m "not gpu" -n 2
+ifeq ($(NVCC),)
+	@echo "make: there is no nvcc, so the kernels were not run on the CPU"
+else
+	JAX_SAGE_EMULATED=$(CURDIR)/.venv/emulated.so .venv/bin/python -m pytest tests -m "gpu and not not_emulated" -n 2
+endif
 
 # The requirements of an extra alone: to install the package with it would compile every kernel again.
 EXTRA = import sys, tomllib; \

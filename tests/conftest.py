@@ -19,6 +19,25 @@ def spread_over_gpus(environ):
 
 spread_over_gpus(os.environ)
 
+# The kernels built for the CPU, by emulator/sources.py: tests that need a GPU run with them.
+EMULATED = os.environ.get("JAX_SAGE_EMULATED")
+if EMULATED:
+    import emulator
+
+    emulator.take_the_place_of_a_gpu(EMULATED)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_given_back():
+    """XLA maps memory for each program that it compiles for the CPU, some 30 times. A process may
+    have 65530 mappings (vm.max_map_count), which all tests in two processes come close to: then
+    the next compilation crashes.
+    """
+    yield
+    import jax
+
+    jax.clear_caches()
+
 
 @pytest.fixture(scope="class")
 def compiled_quickly():
@@ -44,6 +63,8 @@ def on_gpu():
     from jax_sage import kernels
     from jax_sage.recipe import RECIPES
 
+    if EMULATED:
+        return
     if not kernels.capabilities():
         pytest.skip("no NVIDIA GPU, or JAX has no CUDA")
     assert jax.default_backend() == "gpu"

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 
 import jax
 import numpy as np
@@ -11,6 +12,9 @@ from suite import MORE_RECIPES
 
 from jax_sage import kernels
 from jax_sage.recipe import RECIPES
+
+# By the CPU, slowly (emulator/emulator.h): inputs are smaller then.
+EMULATED = bool(os.environ.get("JAX_SAGE_EMULATED"))
 
 # The kernel's sums and rows are alike for all of these.
 ALL_RECIPES = {**RECIPES, **MORE_RECIPES}

@@ -18,6 +18,7 @@ import reference
 from gpu_support import (
     ALL_RECIPES,
     EACH_RECIPE,
+    EMULATED,
     inputs,
     jitted,
     on_cpu,
@@ -147,6 +148,7 @@ def test_not_finite_is_as_in_portable(is_causal, mma_sync):
 # Sizes.
 
 
+@pytest.mark.not_emulated
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @BOTH_MASKS
 def test_more_query_tiles_than_sms(head_dim, is_causal):
@@ -162,6 +164,7 @@ def test_more_query_tiles_than_sms(head_dim, is_causal):
     np.testing.assert_array_equal(np.asarray(without_lse), np.asarray(with_lse))
 
 
+@pytest.mark.not_emulated
 @BOTH_MASKS
 def test_more_keys_than_small_tiles_take(is_causal):
     """Heads of 64 with more than 4096 keys run in larger tiles; here in four rounds of items."""
@@ -184,6 +187,7 @@ def head_of_large(shape, batch_or_head, seed):
 LARGE = (1, (1 << 17) + 133, 129, 128)  # 129 heads: more than 2^31 elements
 
 
+@pytest.mark.not_emulated
 @pytest.mark.parametrize("recipe", NAMED)
 def test_more_than_2_to_the_31_keys(recipe):
     assert math.prod(LARGE) > 2**31
@@ -196,6 +200,7 @@ def test_more_than_2_to_the_31_keys(recipe):
     reference.assert_accurate(out, lse, expected, pv=pv_of(recipe))
 
 
+@pytest.mark.not_emulated
 @pytest.mark.parametrize("recipe", NAMED)
 def test_more_than_2_to_the_31_queries(recipe):
     _, k, v = reference.inputs("normal", (1, 1, 129, 128), (1, 100, 129, 128), "bfloat16")
@@ -211,6 +216,7 @@ def test_more_than_2_to_the_31_queries(recipe):
     reference.assert_accurate(out, lse, expected, pv=pv_of(recipe))
 
 
+@pytest.mark.not_emulated
 @pytest.mark.parametrize("recipe", NAMED)
 def test_long_sequence_is_as_accurate(recipe):
     """131072 keys with a biased V: sums that lost bits would show as an error that grows."""
@@ -243,11 +249,16 @@ def random_case(rng):
     }
 
 
-@pytest.mark.parametrize("part", range(10))
+def parts(count):
+    """Of a test: the first is enough where kernels are emulated."""
+    return [0, *(pytest.param(i, marks=pytest.mark.not_emulated) for i in range(1, count))]
+
+
+@pytest.mark.parametrize("part", parts(10))
 def test_random_shapes(part):
     """1000 of them against float64, each tenth against the portable path too, in both families."""
     rng = np.random.default_rng(part)
-    for number in range(100):
+    for number in range(30 if EMULATED else 100):
         arrays, options = random_case(rng)
         q, k, v = inputs("normal", **arrays, seed=number)
         try:
@@ -305,7 +316,7 @@ def random_masks(rng, batch, length_q, length_kv, heads):
     return static, arrays
 
 
-@pytest.mark.parametrize("part", range(16))
+@pytest.mark.parametrize("part", parts(16))
 def test_random_masks(part):
     """2000 cases against float64, in both families: 250 combinations of arguments, 8 data each."""
     rng = np.random.default_rng([part, 7])
@@ -336,6 +347,7 @@ def test_random_masks(part):
                 raise AssertionError(case) from error
 
 
+@pytest.mark.not_emulated
 @pytest.mark.parametrize("recipe", NAMED)
 @pytest.mark.parametrize(
     "kind",
@@ -380,6 +392,7 @@ def test_masks_of_more_items_than_sms(kind, recipe):
 # How it runs.
 
 
+@pytest.mark.not_emulated
 @pytest.mark.parametrize("recipe", NAMED)
 def test_the_compiled_program_calls_the_kernels(recipe):
     x = jax.ShapeDtypeStruct((2, 100, 4, 64), jnp.bfloat16)
@@ -428,6 +441,7 @@ def custom_calls(thunks):
     return inside, outside
 
 
+@pytest.mark.not_emulated
 def test_cuda_graphs(tmp_path):
     def run(name, flags):
         env = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
@@ -457,6 +471,7 @@ def test_cuda_graphs(tmp_path):
     assert custom_calls(runs[0]) == (len(targets), 0), f"not all of them are in a graph:\n{runs[0]}"
 
 
+@pytest.mark.not_emulated
 @pytest.mark.parametrize(
     ("tool", "summary"),
     [

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from gpu_support import EACH_RECIPE, inputs, jitted, on_cpu, scale_log2, skip_without_kernel
+from gpu_support import (
+    EACH_RECIPE,
+    EMULATED,
+    inputs,
+    jitted,
+    on_cpu,
+    scale_log2,
+    skip_without_kernel,
+)
 from suite import NAMED
 
 from jax_sage import lowering_cuda, mask_operands, portable, quantization
@@ -395,7 +403,8 @@ def test_segments_with_keys_that_are_constant_and_large():
 @pytest.mark.parametrize("recipe", NAMED)
 def test_segments_in_the_outputs(recipe, name, mma_sync):
     """Rows of several segments in a tile, queries without keys, more tiles than SMs."""
-    q, k, v = inputs("normal", (2, 700, 24, 64), (2, 700, 8, 64), "bfloat16")
+    heads, kv_heads = (3, 1) if EMULATED else (24, 8)
+    q, k, v = inputs("normal", (2, 700, heads, 64), (2, 700, kv_heads, 64), "bfloat16")
     ids = segments_case(name, (700, 700))
     v += 2 * (ids[1] % 3)[:, :, None, None].astype(v.dtype)  # offsets that differ
     masks = Masks(query_segment_ids=ids[0], key_value_segment_ids=ids[1])
