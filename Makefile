@@ -20,7 +20,8 @@ export PYTHONSAFEPATH := 1
 
 .PHONY: test test-models lint demo gpu-check gpu-status have-gpu
 
-NVCC := $(shell command -v "$${CUDACXX:-nvcc}" || command -v "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc")
+NVCC := $(shell $(PYTHON) -c 'import sys; sys.path.insert(0, "cuda"); import build_backend; \
+  print(build_backend.machine_nvcc()[0] or "")')
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cuda -type f -not -path '*/__pycache__/*')
 JAX_FOR_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 'jax[cuda13]')
 
@@ -54,6 +55,9 @@ ifeq ($(NVCC),)
 	@echo "make: there is no nvcc, so the kernels were not run on the CPU"
 else
 	JAX_SAGE_EMULATED=$(CURDIR)/.venv/emulated.so .venv/bin/python -m pytest tests -m "gpu and not not_emulated" -n 2
+# The same calls on a GPU that is no Hopper.
+	JAX_SAGE_EMULATED=$(CURDIR)/.venv/emulated.so JAX_SAGE_EMULATED_CAPABILITY=89 \
+	  .venv/bin/python -m pytest tests -m "gpu and not not_emulated" -n 2 -k "TestMasksOnGpu or test_near_portable_on"
 endif
 
 # The requirements of an extra alone: to install the package with it would compile every kernel again.

@@ -76,11 +76,7 @@ X atomicAdd(X* to, X x) {
 }
 inline int atomicMin(int* to, int x) { return std::exchange(*to, std::min(*to, x)); }
 inline int atomicMax(int* to, int x) { return std::exchange(*to, std::max(*to, x)); }
-inline void __nanosleep(unsigned) {
-  // Other threads of the CTA. Those of other CTAs are done, or come later.
-  bool again = false;
-  emulator::WaitUntil([&again] { return std::exchange(again, true); });
-}
+inline void __nanosleep(unsigned) { emulator::Sleep(); }
 inline size_t __cvta_generic_to_shared(const void* pointer) {
   return static_cast<const uint8_t*>(pointer) - emulator::shared_memory;
 }

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -36,11 +37,24 @@ struct Fiber {
   std::vector<Wgmma> wgmmas;  // one of no columns: the end of a group
 };
 
+// A tensor and its boxes, as cuTensorMapEncodeTiled was given them.
+struct Map {
+  uint8_t* data;
+  uint64_t dims[3], strides[2];
+  uint32_t box[3];
+  int swizzle;  // the bytes that are swizzled
+};
+static_assert(sizeof(Map) <= sizeof(CUtensorMap));
+
+struct Warpgroup : Group {
+  std::vector<uint64_t> checksums;  // of its wgmmas, when the first warp issued them
+};
+
 struct BulkCopy {
   uint32_t shared, barrier;
-  const CUtensorMap* map;  // or null
-  const void* global;
+  const void* global;  // null: a box of the map
   int bytes;
+  Map map;
   int at[3];
 };
 
@@ -52,12 +66,17 @@ struct Machine {
   int current = 0;
   size_t shared_bytes = 0;
   Warp warps[kMaxThreads / kLanes];
-  Group warpgroups[kMaxThreads / kThreadsOfWarpgroup];
+  Warpgroup warpgroups[kMaxThreads / kThreadsOfWarpgroup];
+  int sleeps;  // of the CTA's threads
   Group cta;
   std::deque<BulkCopy> bulk_copies;
   void (*run)(void*);
   void* argument;
   std::mt19937 random{1};
+  // Of a CTA, at random: what one order of events hides, another shows.
+  enum { kAtOnce, kLate, kAtRandomTimes } copies;  // when bulk copies are done
+  bool by_priority;                                // or else all warps by turns
+  bool is_interrupted;                             // threads, where they arrive at a barrier
   std::string error;
 };
 Machine machine;
@@ -98,15 +117,6 @@ void Continue(int thread) {
   fiber.is_started = true;
   setcontext(&fiber.start);
 }
-
-// A box as cuTensorMapEncodeTiled was given it.
-struct Map {
-  uint8_t* data;
-  uint64_t dims[3], strides[2];
-  uint32_t box[3];
-  int swizzle;  // the bytes that are swizzled
-};
-static_assert(sizeof(Map) <= sizeof(CUtensorMap));
 
 CUresult EncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* data,
                      const cuuint64_t* dims, const cuuint64_t* strides, const cuuint32_t* box,
@@ -160,11 +170,10 @@ void ChangeBarrier(uint32_t address, Change change) {
 }
 
 void Run(const BulkCopy& copy) {
-  if (copy.map == nullptr) {
+  if (copy.global != nullptr) {
     std::memcpy(Shared(copy.shared, copy.bytes), copy.global, copy.bytes);
   } else {
-    Map map;
-    std::memcpy(&map, copy.map, sizeof(map));
+    const Map& map = copy.map;
     const auto inside = [&](int i, int x) {
       return x >= 0 && static_cast<uint64_t>(x) < map.dims[i];
     };
@@ -182,23 +191,28 @@ void Run(const BulkCopy& copy) {
   ChangeBarrier(copy.barrier, [&](Barrier& barrier) { barrier.bytes += copy.bytes; });
 }
 
-bool RunSomeBulkCopies() {
-  bool any = false;
-  while (!machine.bulk_copies.empty() && machine.random() % 2 == 0) {
-    // They come in any order.
-    const size_t i = machine.random() % machine.bulk_copies.size();
-    const BulkCopy copy = machine.bulk_copies[i];
-    machine.bulk_copies.erase(machine.bulk_copies.begin() + i);
+void RunOneBulkCopy() {
+  // They come in any order.
+  const size_t i = machine.random() % machine.bulk_copies.size();
+  const BulkCopy copy = machine.bulk_copies[i];
+  machine.bulk_copies.erase(machine.bulk_copies.begin() + i);
+  Run(copy);
+}
+
+void StartBulkCopy(const BulkCopy& copy) {
+  if (machine.copies == Machine::kAtOnce) {
     Run(copy);
-    any = true;
+  } else {
+    machine.bulk_copies.push_back(copy);
   }
-  return any;
 }
 
 void RunCta(int threads) {
   std::memset(shared_memory, 0xa5, kSharedBytes);
   machine.bulk_copies.clear();
+  machine.sleeps = 0;
   const auto restart = [](Group& group, int living) { group = Group{living}; };
+  for (Warpgroup& warpgroup : machine.warpgroups) warpgroup.checksums.clear();
   for (int i = 0; i * kLanes < threads; ++i) {
     restart(machine.warps[i], std::min(kLanes, threads - i * kLanes));
   }
@@ -219,13 +233,24 @@ void RunCta(int threads) {
     fiber.start.uc_link = nullptr;
     makecontext(&fiber.start, RunFiber, 0);
   }
+  machine.copies = static_cast<decltype(machine.copies)>(machine.random() % 3);
+  machine.by_priority = machine.random() % 2 != 0;
+  machine.is_interrupted = machine.random() % 2 != 0;
   std::vector<int> warps;
   for (int i = 0; i * kLanes < threads; ++i) warps.push_back(i);
-  int left = threads, idle = 0;
+  std::shuffle(warps.begin(), warps.end(), machine.random);
+  int left = threads;
   while (left > 0) {
-    bool any = RunSomeBulkCopies();
-    std::shuffle(warps.begin(), warps.end(), machine.random);
+    bool any = false;
+    if (machine.copies == Machine::kAtRandomTimes) {
+      while (!machine.bulk_copies.empty() && machine.random() % 2 == 0) {
+        RunOneBulkCopy();
+        any = true;
+      }
+    }
+    if (!machine.by_priority) std::shuffle(warps.begin(), warps.end(), machine.random);
     for (int warp : warps) {
+      if (machine.by_priority && any) break;
       for (int i = warp * kLanes; i < std::min(threads, (warp + 1) * kLanes); ++i) {
         Fiber& fiber = machine.fibers[i];
         if (fiber.is_done || !fiber.ready(fiber.argument)) continue;
@@ -235,8 +260,10 @@ void RunCta(int threads) {
         any = true;
       }
     }
-    idle = any || !machine.bulk_copies.empty() ? 0 : idle + 1;
-    if (idle > 1) {
+    if (any) continue;
+    if (!machine.bulk_copies.empty()) {
+      RunOneBulkCopy();
+    } else if (left > 0) {
       machine.error = "deadlock: " + std::to_string(left) + " of " + std::to_string(threads) +
                       " threads wait, the first of them is thread ";
       int first = 0;
@@ -311,6 +338,7 @@ void ReadRow(uint64_t descriptor, bool is_transposed, int row, uint32_t (&words)
   const uint32_t leading = (descriptor >> 16 & 0x3fff) << 4;
   const uint32_t stride = (descriptor >> 32 & 0x3fff) << 4;
   const int swizzle = descriptor >> 62 == 1 ? 128 : 64;
+  if (descriptor >> 62 != 1 && descriptor >> 62 != 2) Fail("a descriptor of another swizzle");
   if (!is_transposed) {
     const uint32_t address = start + row / 8 * stride + row % 8 * swizzle;
     for (int i = 0; i < 8; ++i) {
@@ -327,6 +355,21 @@ void ReadRow(uint64_t descriptor, bool is_transposed, int row, uint32_t (&words)
   std::memcpy(words, halves, sizeof(words));
 }
 
+// Of what a wgmma reads from shared memory.
+uint64_t Checksum(const Wgmma& wgmma) {
+  uint64_t sum = 0;
+  const auto add = [&](uint64_t descriptor, bool is_transposed, int rows) {
+    for (int row = 0; row < rows; ++row) {
+      uint32_t words[8];
+      ReadRow(descriptor, is_transposed, row, words);
+      for (uint32_t word : words) sum = (sum ^ word) * 0x9e3779b97f4a7c15;
+    }
+  };
+  if (wgmma.a == nullptr) add(wgmma.a_descriptor, false, 64);
+  add(wgmma.b_descriptor, wgmma.type == Type::kF16, wgmma.columns);
+  return sum;
+}
+
 // The index-th wgmma of a warpgroup's threads.
 void RunWgmma(int first_thread, size_t index) {
   const auto of_thread = [&](int thread) -> const Wgmma& {
@@ -335,6 +378,9 @@ void RunWgmma(int first_thread, size_t index) {
     return wgmmas[index];
   };
   const Wgmma first = of_thread(0);
+  if (Checksum(first) != machine.warpgroups[first_thread / kThreadsOfWarpgroup].checksums[index]) {
+    Fail("shared memory that a wgmma reads has changed before it was waited for");
+  }
   static float a[64][32], b[264][32];
   for (int row = 0; row < 64; ++row) {
     uint32_t words[8];
@@ -397,9 +443,20 @@ void WaitUntil(bool (*ready)(void*), void* argument) {
   ThisFiber().ready = [](void*) { return true; };
 }
 
+Warp& WholeWarp() {
+  if (ThisWarp().living != kLanes) Fail("an instruction of a warp, some lanes of which have ended");
+  return ThisWarp();
+}
 Warp& ThisWarp() { return machine.warps[machine.current / kLanes]; }
 Group& ThisWarpgroup() { return machine.warpgroups[machine.current / kThreadsOfWarpgroup]; }
 Group& ThisCta() { return machine.cta; }
+
+void Sleep() {
+  if (++machine.sleeps > 1 << 20) Fail("a thread waits for another CTA, in vain");
+  // Other threads of the CTA run. Those of other CTAs are done, or come later.
+  bool again = false;
+  WaitUntil([&again] { return std::exchange(again, true); });
+}
 
 uint8_t* Shared(uint32_t address, size_t bytes) {
   if (address + bytes > machine.shared_bytes) {
@@ -418,6 +475,12 @@ void RunGrid(dim3 grid, dim3 block, size_t shared_bytes, void (*run)(void*), voi
     machine.stacks =
         static_cast<uint8_t*>(mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
                                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  }
+  if (grid.x == 0 || grid.y * grid.z * block.y * block.z != 1 || block.x % kLanes != 0 ||
+      block.x > kMaxThreads || shared_bytes > kMaxSharedBytes) {
+    error_of_launch = "a launch of a shape that there is not";
+    fesetenv(&environment);
+    return;
   }
   gridDim = grid;
   blockDim = block;
@@ -439,7 +502,12 @@ void CopyAsync(uint32_t shared, const void* global, int bytes) {
     Fail("cp.async of 16 bytes that are not aligned");
   }
   static const uint8_t zeros[16] = {};
-  ThisFiber().copies.push_back({shared, bytes == 0 ? zeros : global, 16});
+  const void* from = bytes == 0 ? zeros : global;
+  if (machine.random() % 2 == 0) {  // as soon as it may be, or as late
+    std::memcpy(Shared(shared, 16), from, 16);
+  } else {
+    ThisFiber().copies.push_back({shared, from, 16});
+  }
 }
 void CopyAsyncCommit() { ThisFiber().copies.push_back({0, nullptr, 0}); }
 void WaitForCopies(int pending) {
@@ -462,7 +530,10 @@ void BarrierInit(uint32_t barrier, int arrivals) {
   const auto count = static_cast<uint16_t>(arrivals);
   StoreSharedAs(barrier, Barrier{count, count, 0, 0});
 }
-void BarrierArrive(uint32_t barrier) { BarrierExpect(barrier, 0); }
+void BarrierArrive(uint32_t barrier) {
+  BarrierExpect(barrier, 0);
+  if (machine.is_interrupted && machine.random() % 8 == 0) Yield();
+}
 void BarrierExpect(uint32_t barrier, int bytes) {
   ChangeBarrier(barrier, [&](Barrier& x) {
     if (x.missing == 0) Fail("a barrier has more arrivals than it was made for");
@@ -485,7 +556,7 @@ void CopyBox(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int c0, 
   const int bytes = static_cast<int>(box.box[0] * box.box[1] * box.box[2]);
   Shared(shared, bytes);
   Shared(barrier, sizeof(Barrier));
-  machine.bulk_copies.push_back({shared, barrier, map, nullptr, bytes, {c0, c1, c2}});
+  StartBulkCopy({shared, barrier, nullptr, bytes, box, {c0, c1, c2}});
 }
 void CopyBulk(uint32_t shared, const void* global, int bytes, uint32_t barrier) {
   if (shared % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0 || bytes % 16 != 0) {
@@ -493,14 +564,14 @@ void CopyBulk(uint32_t shared, const void* global, int bytes, uint32_t barrier) 
   }
   Shared(shared, bytes);
   Shared(barrier, sizeof(Barrier));
-  machine.bulk_copies.push_back({shared, barrier, nullptr, global, bytes, {}});
+  StartBulkCopy({shared, barrier, global, bytes, {}, {}});
 }
 
 void Mma(Type type, bool to_f16, uint32_t* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Fragments {
     uint32_t a[4], b[2];
   };
-  Warp& warp = ThisWarp();
+  Warp& warp = WholeWarp();
   const unsigned parity = warp.generation % 2;
   const Fragments mine{{a[0], a[1], a[2], a[3]}, {b0, b1}};
   std::memcpy(warp.values[parity][Lane()], &mine, sizeof(mine));
@@ -530,8 +601,17 @@ void Mma(Type type, bool to_f16, uint32_t* c, const uint32_t (&a)[4], uint32_t b
   }
 }
 
-void Issue(const Wgmma& wgmma) { ThisFiber().wgmmas.push_back(wgmma); }
-void WgmmaCommit() { ThisFiber().wgmmas.push_back({}); }
+void Issue(const Wgmma& wgmma) {
+  ThisFiber().wgmmas.push_back(wgmma);
+  // By the first of the warps that issues it.
+  auto& checksums = machine.warpgroups[machine.current / kThreadsOfWarpgroup].checksums;
+  if (checksums.size() < ThisFiber().wgmmas.size()) checksums.push_back(Checksum(wgmma));
+}
+void WgmmaCommit() {
+  ThisFiber().wgmmas.push_back({});
+  auto& checksums = machine.warpgroups[machine.current / kThreadsOfWarpgroup].checksums;
+  if (checksums.size() < ThisFiber().wgmmas.size()) checksums.push_back(0);
+}
 void WaitForWgmmas(int pending) {
   const int first = machine.current / kThreadsOfWarpgroup * kThreadsOfWarpgroup;
   ThisWarpgroup().Meet(false, [&] {
@@ -541,12 +621,20 @@ void WaitForWgmmas(int pending) {
     }
     for (int thread = first; thread < first + kThreadsOfWarpgroup; ++thread) {
       auto& wgmmas = machine.fibers[thread].wgmmas;
+      if (wgmmas.size() < end) Fail("the threads of a warpgroup have issued different wgmmas");
       wgmmas.erase(wgmmas.begin(), wgmmas.begin() + end);
     }
+    auto& checksums = machine.warpgroups[first / kThreadsOfWarpgroup].checksums;
+    checksums.erase(checksums.begin(), checksums.begin() + end);
   });
 }
 
 }  // namespace emulator
+
+int emulator::Capability() {
+  const char* capability = std::getenv("JAX_SAGE_EMULATED_CAPABILITY");
+  return capability != nullptr ? std::atoi(capability) : 90;
+}
 
 // The CUDA runtime, as far as the launches use it.
 extern "C" {
@@ -556,7 +644,7 @@ cudaError_t cudaGetDevice(int* device) {
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   if (attribute == cudaDevAttrComputeCapabilityMajor) {
-    *value = 9;
+    *value = emulator::Capability() / 10;
   } else if (attribute == cudaDevAttrMultiProcessorCount) {
     *value = emulator::kMultiprocessors;
   } else {
@@ -565,7 +653,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   return cudaSuccess;
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
-  return bytes <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
+  return bytes <= emulator::kMaxSharedBytes ? cudaSuccess : cudaErrorInvalidValue;
 }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   std::memset(to, value, bytes);

@@ -2,10 +2,11 @@
 // which element goes where, what waits for what. No speed, no races of memory, and no floating
 // point of the tensor cores: their sums are made in FP32.
 //
-// A thread is a fiber. The fibers of a CTA run by turns, from one wait to the next, warps in a
-// random order, and CTAs one after the other. What the hardware does asynchronously is done late: a
-// wgmma when its warpgroup waits for it, a cp.async when its thread does, a bulk copy at a random
-// time. So a wait that is missing gives wrong results here too. Deadlocks and shared memory out of
+// A thread is a fiber. The fibers of a CTA run from one wait to the next, warps by turns or by
+// priorities, in a random order, and CTAs one after the other. What the hardware does
+// asynchronously is done late: a wgmma when its warpgroup waits for it, a cp.async when its thread
+// does; a bulk copy at once, at random times or when nothing else can be done, as each CTA has it.
+// So most waits that are missing give wrong results here too. Deadlocks and shared memory out of
 // bounds are errors of the launch.
 //
 // sources.py makes of each function that is written in PTX a call of its namesake in this
@@ -46,14 +47,23 @@ inline dim3 blockDim, gridDim;
 
 namespace emulator {
 
-constexpr int kSharedBytes = 228 * 1024;
+constexpr int kMaxSharedBytes = 227 * 1024;
+constexpr int kSharedBytes = kMaxSharedBytes + 1024;
 constexpr int kMultiprocessors = 3;  // few: a CTA that stays gets several items
 
 alignas(1024) inline uint8_t shared_memory[kSharedBytes];
 
+// So that what is not written shows.
+inline void Poison(void* data, size_t bytes) { std::memset(data, 0xa5, bytes); }
+
 // Ends the launch with an error.
 [[noreturn]] void Fail(const std::string& message);
 
+// Of the GPU that is emulated.
+int Capability();
+
+// Lets other threads run for a while.
+void Sleep();
 // Lets other threads run until `ready` is true.
 void WaitUntil(bool (*ready)(void*), void* argument);
 template <class Ready>
@@ -96,6 +106,7 @@ struct Warp : Group {
   float products[2][16][8];
 };
 Warp& ThisWarp();
+Warp& WholeWarp();  // of which no lane has ended
 Group& ThisWarpgroup();
 Group& ThisCta();
 inline int Lane() { return threadIdx.x % kLanes; }
@@ -104,7 +115,7 @@ inline int Lane() { return threadIdx.x % kLanes; }
 class Exchange {
  public:
   template <class X>
-  explicit Exchange(X x) : warp_(ThisWarp()), parity_(warp_.generation % 2) {
+  explicit Exchange(X x) : warp_(WholeWarp()), parity_(warp_.generation % 2) {
     static_assert(sizeof(X) <= sizeof(warp_.values[0][0]));
     std::memcpy(warp_.values[parity_][Lane()], &x, sizeof(X));
     warp_.Meet();
