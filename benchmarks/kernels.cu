@@ -76,9 +76,12 @@ struct Arrays {
     FillNormal<<<1024, 256>>>(k, kElements, 2);
     FillNormal<<<1024, 256>>>(v, kElements, 3);
     QuantizeParams& p = quantize;
-    p.key = k, p.value = v, p.type = DType::kBf16;  // attention makes the codes of Q
-    p.k = Allocate<int8_t>(2 * kElements);          // room for the padding
+    p.query = q, p.key = k, p.value = v, p.type = DType::kBf16;
+    p.q = Allocate<int8_t>(2 * kElements);  // room for the padding
+    p.k = Allocate<int8_t>(2 * kElements);
     p.v = Allocate<uint16_t>(2 * kElements);
+    p.q_scale = Allocate<float>(2 * kTokens);
+    p.q_dot_mean = Allocate<float>(2 * kTokens);
     p.k_scale = Allocate<float>(kTokens);
     p.channels = Allocate<float>(kTokens * kChannelRows);
     p.first_bad = Allocate<int32_t>(kTokens * 2);
@@ -103,8 +106,7 @@ struct Arrays {
     p.q_scale_factor = p.scale_log2 / kInt8Max;
     p.fp8_value = fp8;
     AttentionParams& a = attention;
-    a.query = q, a.scale_log2 = p.scale_log2, a.q_scale_factor = p.q_scale_factor;
-    a.k = p.k, a.k_scale = p.k_scale;
+    a.q = p.q, a.q_scale = p.q_scale, a.q_dot_mean = p.q_dot_mean, a.k = p.k, a.k_scale = p.k_scale;
     a.v = p.v, a.channels = p.channels, a.first_bad = p.first_bad;
     a.value_code_sum = p.value_code_sum, a.out = out;
     if (a.lse == nullptr) a.lse = Allocate<float>(kTokens);

@@ -225,21 +225,18 @@ std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buf
                 "attribute scale_log2 is not finite");
   check.Flag(attrs, "smooth_k");
   check.Flag(attrs, "smooth_v");
-  check.Require(!check.Flag(attrs, "takes_query") || !segments,
-                "attribute takes_query is not for segments");
   if (check.Ok() && sizes != nullptr) *sizes = s;
   return check.message();
 }
 
 namespace {
 
-// What follows the nine buffers, and perhaps the query, of a masked call. ReadMasks in ffi.cc
-// repeats their places.
+// What follows the nine buffers of a masked call. ReadMasks in ffi.cc repeats their places.
 void CheckMasks(Checker& check, const std::vector<Buffer>& args, const Buffer& out, const Sizes& s,
-                const Kinds& kinds) {
+                const MaskKinds& kinds) {
   const int64_t groups = s.padded_q / kMaskRows;
   const int64_t tiles = RoundUp(s.length_kv, kMaskKeys) / kMaskKeys;
-  size_t next = 9 + kinds.takes_query;
+  size_t next = 9;
   if (!kinds.segments) check.Is("per_counted_key", args[next++], "F32", {s.batch, s.kv_heads});
   check.IsOrOne("rows", args[next], "S32", {s.batch, s.padded_q, 2}, 1);
   check.IsOrOne("groups", args[next + 1], "S32", {s.batch, groups, 4}, 1);
@@ -278,17 +275,16 @@ void CheckMasks(Checker& check, const std::vector<Buffer>& args, const Buffer& o
 std::string CheckAttention(const std::vector<Buffer>& args, const std::vector<Buffer>& results,
                            const Attrs& attrs, Sizes* sizes) {
   Checker check("attention");
-  Kinds kinds;
+  MaskKinds kinds;
   kinds.masked = check.Flag(attrs, "masked");
   kinds.mask = check.Flag(attrs, "mask");
   kinds.segments = check.Flag(attrs, "segments");
   kinds.bias = check.Flag(attrs, "bias");
-  kinds.takes_query = check.Flag(attrs, "takes_query");
   check.Require(kinds.masked || !(kinds.mask || kinds.segments || kinds.bias),
                 "attributes mask, segments and bias need masked");
   check.Count("arguments", args.size(),
-              9 + kinds.takes_query + (kinds.masked ? 5 : 0) + (kinds.mask ? 2 : 0) +
-                  (kinds.segments ? 4 - 1 : 0) + (kinds.bias ? 1 : 0));
+              9 + (kinds.masked ? 5 : 0) + (kinds.mask ? 2 : 0) + (kinds.segments ? 4 - 1 : 0) +
+                  (kinds.bias ? 1 : 0));
   check.Count("results", results.size(), 2);
   if (!check.Ok()) return check.message();
 
@@ -296,8 +292,6 @@ std::string CheckAttention(const std::vector<Buffer>& args, const std::vector<Bu
   ReadTokens(check, "out", results[0], s.batch, s.length_q, s.heads, s.head_dim);
   const double length_kv = check.Attribute(attrs, "length_kv");
   check.Require(length_kv >= 1 && length_kv <= kMaxLength, "attribute length_kv is out of range");
-  check.Require(std::isfinite(check.Attribute(attrs, "scale_log2")),
-                "attribute scale_log2 is not finite");
   check.Require(args[3].dims.size() == 4, "k must have rank 4");
   if (!check.Ok()) return check.message();
   s.length_kv = static_cast<int64_t>(length_kv);
@@ -311,7 +305,6 @@ std::string CheckAttention(const std::vector<Buffer>& args, const std::vector<Bu
   std::vector<int64_t> lse_dims = results[0].dims;
   lse_dims.pop_back();
   check.Is("lse", results[1], "F32", lse_dims);
-  if (kinds.takes_query) check.Is("query", args[9], results[0].dtype, results[0].dims);
   if (kinds.masked) CheckMasks(check, args, results[0], s, kinds);
   check.Require(!(check.Flag(attrs, "is_causal") && kinds.masked),
                 "attribute is_causal is not for masked calls: rows say what is seen");
@@ -320,16 +313,7 @@ std::string CheckAttention(const std::vector<Buffer>& args, const std::vector<Bu
   const double accumulator = check.Attribute(attrs, "pv_accumulator");
   check.Require(accumulator == 16 || accumulator == 32,
                 "attribute pv_accumulator must be 16 or 32");
-  const bool mma_sync = check.Flag(attrs, "mma_sync");
-  const bool on_wgmma = !mma_sync && s.fp8_value == (accumulator == 16);
-  check.Require(kinds.takes_query == (on_wgmma && !kinds.mask && !kinds.segments), [&] {
-    return std::string("attribute takes_query is ") + (kinds.takes_query ? "1" : "0") +
-           ", which is not what the kernel does that Hopper GPUs have for this call";
-  });
-  check.Require(!kinds.takes_query || s.head_dim % 4 == 0, [&] {
-    return "head_dim is " + std::to_string(s.head_dim) +
-           ", and attribute takes_query needs a multiple of 4";
-  });
+  check.Flag(attrs, "mma_sync");
   if (check.Ok() && sizes != nullptr) *sizes = s;
   return check.message();
 }

@@ -16,9 +16,9 @@ struct Buffer {
 };
 using Attrs = std::map<std::string, double>;
 
-// What a call of attention is given besides the nine buffers: the query, and of masks.
-struct Kinds {
-  bool takes_query = false, masked = false, mask = false, segments = false, bias = false;
+// What a call of attention is given besides the nine buffers.
+struct MaskKinds {
+  bool masked = false, mask = false, segments = false, bias = false;
 };
 
 // Dimensions of one call, from its buffers.
@@ -28,7 +28,7 @@ struct Sizes {
   int64_t length_kv = 0, kv_heads = 0;
   int64_t padded_q = 0, padded_kv = 0, padded_head_dim = 0;
   int64_t parts = 0;
-  Kinds kinds;  // of quantization `segments` alone
+  MaskKinds kinds;  // of quantization `segments` alone
   bool fp8_value = false;
 };
 

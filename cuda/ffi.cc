@@ -128,13 +128,9 @@ ffi::Error TooManyChannels(const char* call, int64_t head_dim) {
                  ": this call was lowered for a Hopper GPU");
 }
 
-float QueryScaleFactor(float scale_log2) {
-  return static_cast<float>(std::fabs(static_cast<double>(scale_log2)) / kInt8Max);
-}
-
 ffi::Error QuantizeImpl(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
                         float scale_log2, int64_t smooth_k, int64_t smooth_v, int64_t some_seen,
-                        int64_t skip_unseen, int64_t segments, int64_t takes_query) {
+                        int64_t skip_unseen, int64_t segments) {
   std::vector<ffi::AnyBuffer> in;
   std::vector<Buffer> described;
   if (auto error = Collect(args, in, described); error.failure()) return error;
@@ -153,19 +149,17 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remai
                                              {"smooth_v", static_cast<double>(smooth_v)},
                                              {"some_seen", static_cast<double>(some_seen)},
                                              {"skip_unseen", static_cast<double>(skip_unseen)},
-                                             {"segments", static_cast<double>(segments)},
-                                             {"takes_query", static_cast<double>(takes_query)}},
+                                             {"segments", static_cast<double>(segments)}},
                                             &sizes);
   if (!message.empty()) return Invalid(message);
-  bool on_hopper = false;
-  if (auto error = IsOnHopper("quantize", on_hopper); error.failure()) return error;
-  if (sizes.head_dim > kMaxHeadDimMma && !on_hopper) {
-    return TooManyChannels("quantize", sizes.head_dim);
+  if (sizes.head_dim > kMaxHeadDimMma) {
+    bool on_hopper = false;
+    if (auto error = IsOnHopper("quantize", on_hopper); error.failure()) return error;
+    if (!on_hopper) return TooManyChannels("quantize", sizes.head_dim);
   }
 
   SegmentedParams params{};
-  // The kernels for Hopper make codes of Q themselves; others read those of this call.
-  params.query = takes_query != 0 && on_hopper ? nullptr : in[0].untyped_data();
+  params.query = in[0].untyped_data();
   params.key = in[1].untyped_data();
   params.value = in[2].untyped_data();
   params.type = InputType(in[0]);
@@ -212,7 +206,7 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remai
   params.padded_head_dim = static_cast<int>(sizes.padded_head_dim);
   params.parts = static_cast<int>(sizes.parts);
   params.scale_log2 = scale_log2;
-  params.q_scale_factor = QueryScaleFactor(scale_log2);
+  params.q_scale_factor = static_cast<float>(std::fabs(static_cast<double>(scale_log2)) / kInt8Max);
   params.smooth_k = smooth_k != 0;
   params.smooth_v = smooth_v != 0;
   params.fp8_value = sizes.fp8_value;
@@ -221,10 +215,10 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remai
                                             : LaunchQuantize(params, stream));
 }
 
-// The buffers of masks, in the order of CheckMasks.
-void ReadMasks(const std::vector<ffi::AnyBuffer>& in, const Kinds& kinds, AttentionParams& params,
-               MarkParams& mark) {
-  size_t next = 9 + kinds.takes_query;
+// The buffers behind the nine of every call, in the order of CheckMasks.
+void ReadMasks(const std::vector<ffi::AnyBuffer>& in, const MaskKinds& kinds,
+               AttentionParams& params, MarkParams& mark) {
+  size_t next = 9;
   if (!kinds.segments) params.per_counted_key = Data<float>(in[next++]);
   MaskParams& masks = params.masks;
   masks.rows = Data<const int2>(in[next]);
@@ -280,10 +274,6 @@ ffi::Error LaunchAttention(const AttentionParams& params, bool fp8_value, bool f
     bool on_hopper = false;
     if (auto error = IsOnHopper(kCall, on_hopper); error.failure()) return error;
     if (on_hopper) {
-      const size_t four = params.out_type == DType::kF32 ? 16 : 8;
-      if (sm90::TakesQuery(params) && reinterpret_cast<uintptr_t>(params.query) % four != 0) {
-        return Invalid("jax_sage: attention: query is not aligned to four of its numbers");
-      }
       if (!params.masks.AreIntervals() || params.masks.bias != nullptr) {
         return FromCuda(kCall, fp8_value ? sm90::LaunchMaskedFp8(params, stream)
                                          : sm90::LaunchMaskedFp16(params, stream));
@@ -304,10 +294,9 @@ ffi::Error LaunchAttention(const AttentionParams& params, bool fp8_value, bool f
 
 ffi::Error AttentionImpl(cudaStream_t stream, ffi::RemainingArgs args,
                          ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse,
-                         int64_t length_kv, float scale_log2, int64_t is_causal, int64_t alike,
-                         int64_t exact_lse, int64_t pv_accumulator, int64_t mma_sync,
-                         int64_t takes_query, int64_t masked, int64_t mask, int64_t segments,
-                         int64_t bias) {
+                         int64_t length_kv, int64_t is_causal, int64_t alike, int64_t exact_lse,
+                         int64_t pv_accumulator, int64_t mma_sync, int64_t masked, int64_t mask,
+                         int64_t segments, int64_t bias) {
   std::vector<ffi::AnyBuffer> in;
   std::vector<Buffer> described;
   if (auto error = Collect(args, in, described); error.failure()) return error;
@@ -315,13 +304,11 @@ ffi::Error AttentionImpl(cudaStream_t stream, ffi::RemainingArgs args,
   const std::string message =
       CheckAttention(described, {Describe(*out), Describe(*lse)},
                      {{"length_kv", static_cast<double>(length_kv)},
-                      {"scale_log2", scale_log2},
                       {"is_causal", static_cast<double>(is_causal)},
                       {"alike", static_cast<double>(alike)},
                       {"exact_lse", static_cast<double>(exact_lse)},
                       {"pv_accumulator", static_cast<double>(pv_accumulator)},
                       {"mma_sync", static_cast<double>(mma_sync)},
-                      {"takes_query", static_cast<double>(takes_query)},
                       {"masked", static_cast<double>(masked)},
                       {"mask", static_cast<double>(mask)},
                       {"segments", static_cast<double>(segments)},
@@ -344,9 +331,6 @@ ffi::Error AttentionImpl(cudaStream_t stream, ffi::RemainingArgs args,
     params.channels = Data<float>(in[6]);
     params.value_code_sum = Data<long long>(in[8]);
   }
-  if (takes_query != 0) params.query = in[9].untyped_data();
-  params.scale_log2 = scale_log2;
-  params.q_scale_factor = QueryScaleFactor(scale_log2);
   params.out = out->untyped_data();
   params.lse = Data<float>(*lse);
   params.batch = sizes.batch;
@@ -469,9 +453,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageQuantize, jax_sage::QuantizeImpl,
                                   .Attr<int64_t>("smooth_v")
                                   .Attr<int64_t>("some_seen")
                                   .Attr<int64_t>("skip_unseen")
-                                  .Attr<int64_t>("segments")
-                                  // 1: attention on a Hopper GPU makes the codes of Q.
-                                  .Attr<int64_t>("takes_query"),
+                                  .Attr<int64_t>("segments"),
                               {xla::ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageAttention, jax_sage::AttentionImpl,
@@ -481,15 +463,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageAttention, jax_sage::AttentionImpl,
                                   .Ret<xla::ffi::AnyBuffer>()  // out [*B, T, N, H]
                                   .Ret<xla::ffi::AnyBuffer>()  // lse [*B, T, N]
                                   .Attr<int64_t>("length_kv")
-                                  .Attr<float>("scale_log2")
                                   .Attr<int64_t>("is_causal")
                                   .Attr<int64_t>("alike")
                                   .Attr<int64_t>("exact_lse")
                                   .Attr<int64_t>("pv_accumulator")
                                   // 1: the kernel of cuda/mma even where there is a faster one.
                                   .Attr<int64_t>("mma_sync")
-                                  // As of the quantize call.
-                                  .Attr<int64_t>("takes_query")
                                   // What there is of masks: anything at all, a boolean mask,
                                   // segment ids, a bias.
                                   .Attr<int64_t>("masked")

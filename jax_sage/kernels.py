@@ -83,15 +83,12 @@ def why_unavailable(recipe: Recipe) -> str | None:
     return None
 
 
-def on_wgmma(recipe: Recipe) -> bool:
-    """Whether Hopper GPUs have kernels of their own for `recipe`: for those with names."""
-    return (recipe.pv, recipe.pv_accumulator) in (("fp8", "fp16"), ("fp16", "fp32"))
-
-
 def family(recipe: Recipe) -> str:
     """The kernels that run `recipe` on the GPUs of this process, given that some can."""
     hopper = all(c // 10 == 9 for c in capabilities())
-    return _HOPPER if hopper and on_wgmma(recipe) else "mma.sync"
+    if hopper and (recipe.pv, recipe.pv_accumulator) in (("fp8", "fp16"), ("fp16", "fp32")):
+        return _HOPPER
+    return "mma.sync"
 
 
 def max_head_dim(recipe: Recipe, mma_sync: bool = False) -> int:

@@ -65,78 +65,54 @@ def attention(
     plain = not masks.given() and band in (Band(), CAUSAL)
     if plain and end_kv < key.shape[-3]:
         key, value = key[..., :end_kv, :, :], value[..., :end_kv, :, :]
-    # On a Hopper GPU attention quantizes Q for itself then; on others it finds the codes.
-    takes_query = (
-        kernels.on_wgmma(recipe)
-        and not mma_sync
-        and masks.mask is None
-        and masks.query_segment_ids is None
-    )
     # One head dimension for all: zeros add nothing to scores, and what they give is cut off.
     value_dim, head_dim = value.shape[-1], max(query.shape[-1], value.shape[-1])
-    if takes_query:  # four channels at once
-        head_dim = -(-head_dim // 4) * 4
     query, key, value = (_pad_head_dim(x, head_dim) for x in (query, key, value))
     run = functools.partial(
         _call_attention,
         length_kv=np.int64(key.shape[-3]),
-        scale_log2=np.float32(scale_log2),
         is_causal=np.int64(plain and band == CAUSAL),
-        alike=np.int64(_alike(band, key.shape[-3])),
+        # By its position alone, does each query see about as many keys?
+        alike=np.int64(band.right is None or band.left is not None),
         exact_lse=np.int64(exact_lse),
         pv_accumulator=np.int64({"fp16": 16, "fp32": 32}[recipe.pv_accumulator]),
         mma_sync=np.int64(mma_sync),
-        takes_query=np.int64(takes_query),
-    )
-    codes = functools.partial(
-        quantize, query, key, value, scale_log2=scale_log2, recipe=recipe, takes_query=takes_query
     )
     if plain:
-        out, lse = run(query, codes(), **dict.fromkeys(_MASK_KINDS, np.int64(0)))
+        quantized = quantize(query, key, value, scale_log2=scale_log2, recipe=recipe)
+        out, lse = run(query, quantized, **dict.fromkeys(_MASK_KINDS, np.int64(0)))
     else:
-        out, lse = _masked(run, codes, query, key, value, masks, band)
+        out, lse = _masked(
+            run, query, key, value, masks, scale_log2=scale_log2, band=band, recipe=recipe
+        )
     return out if value_dim == head_dim else out[..., :value_dim], lse
-
-
-def _alike(band: Band, length_kv: int) -> bool:
-    """By its position alone, does each query see about as many keys?
-
-    A limit on one side makes a ramp of them, and so does a wide window that is cut off at one end.
-    """
-    if band.left is None and band.right is None:
-        return True
-    if band.left is None or band.right is None:
-        return False
-    return 8 * (band.left + band.right + 1) <= length_kv
 
 
 _MASK_KINDS = ("masked", "mask", "segments", "bias")
 
 
 def _call_attention(
-    query: jax.Array, operands: Sequence[jax.Array], **attributes: np.generic
+    query: jax.Array, operands: Sequence[jax.Array], **attributes: np.int64
 ) -> tuple[jax.Array, jax.Array]:
     """The custom call: out in the shape and dtype of query, and lse."""
     results = (
         jax.ShapeDtypeStruct(query.shape, query.dtype),
         jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32),
     )
-    quantized, of_masks = operands[:9], operands[9:]
-    taken = (query,) if attributes["takes_query"] else ()
-    out, lse = jax.ffi.ffi_call("jax_sage_attention", results)(
-        *quantized, *taken, *of_masks, **attributes
-    )
+    out, lse = jax.ffi.ffi_call("jax_sage_attention", results)(*operands, **attributes)
     return out, lse
 
 
 def _masked(
     run: Callable[..., tuple[jax.Array, jax.Array]],
-    codes: Callable[..., tuple[jax.Array, ...]],
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     masks: Masks,
+    *,
+    scale_log2: float,
     band: Band,
+    recipe: Recipe,
 ) -> tuple[jax.Array, jax.Array]:
     *batch, length_q, _, _ = query.shape
     length_kv, kv_heads = key.shape[-3:-1]
@@ -150,6 +126,7 @@ def _masked(
         padded_q=_padded(query.shape[-1], length_q, length_kv)[1],
     )
     operands = mask_operands.make(view, masks, batch, key, value)
+    codes = functools.partial(quantize, query, key, value, scale_log2=scale_log2, recipe=recipe)
     size = (math.prod(batch), kv_heads)
     if view.sees_everything():
         per_key = jnp.full(size, 1 / length_kv, jnp.float32)
@@ -201,19 +178,17 @@ def quantize(
     *,
     scale_log2: float,
     recipe: Recipe,
-    takes_query: bool = False,
     seen: tuple[jax.Array, ...] = (),
     skip_unseen: bool = False,
     segments: tuple[jax.Array, ...] = (),
 ) -> tuple[jax.Array, ...]:
     """The operands of the attention call, in its order. B is the product of the batch dims.
 
-    ``takes_query``: attention does not read the codes of Q if the GPU is a Hopper, and then they
-    are not made. ``seen``: whether a key counts, uint8 [B, K, S] or with ones, and without segments
-    1 / how many do, float32 [B, K]. ``skip_unseen``: parts of keys that nobody sees get no codes;
-    otherwise zeros. ``segments``: see mask_operands.sorted_segments. A segment's slot is the place
-    of its first key among the sorted ones; tables by slot are as long as the keys: 18 bytes for
-    each of their padded channels, 8 of them until the attention is done.
+    ``seen``: whether a key counts, uint8 [B, K, S] or with ones, and without segments 1 / how many
+    do, float32 [B, K]. ``skip_unseen``: parts of keys that nobody sees get no codes; otherwise
+    zeros. ``segments``: see mask_operands.sorted_segments. A segment's slot is the place of its
+    first key among the sorted ones; tables by slot are as long as the keys: 18 bytes for each of
+    their padded channels, 8 of them until the attention is done.
     """
     batch = math.prod(query.shape[:-3])
     length_q, heads, head_dim = query.shape[-3:]
@@ -279,7 +254,6 @@ def quantize(
         some_seen=np.int64(len(seen) > 0),
         skip_unseen=np.int64(skip_unseen),
         segments=np.int64(len(segments) > 0),
-        takes_query=np.int64(takes_query),
     )
     return tuple(results[: len(quantized)])
 

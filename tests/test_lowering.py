@@ -110,11 +110,6 @@ def test_attributes(recipe, is_causal):  # fmt: skip
     assert attribute(attention, "is_causal") == (str(int(is_causal)), "i64")
     assert attribute(attention, "alike") == (str(int(not is_causal)), "i64")
     assert attribute(attention, "exact_lse") == ("1", "i64")
-    assert attribute(attention, "scale_log2") == (value, dtype)
-    # The recipes that have kernels on wgmma.
-    takes_query = recipe.pv_accumulator == {"fp8": "fp16", "fp16": "fp32"}[recipe.pv]
-    for call in (quantize, attention):
-        assert attribute(call, "takes_query") == (str(int(takes_query)), "i64")
     assert attribute(attention, "pv_accumulator") == (recipe.pv_accumulator[2:], "i64")
     assert attribute(attention, "mma_sync") == ("0", "i64")
 
@@ -133,10 +128,7 @@ def test_the_lowering_can_ask_for_mma_sync(recipe):
         mma_sync=True,
     )
     text = jax.jit(f).trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
-    calls = custom_calls(text)
-    assert attribute(calls["jax_sage_attention"], "mma_sync") == ("1", "i64")
-    for call in calls.values():  # whose kernel reads the codes of Q
-        assert attribute(call, "takes_query") == ("0", "i64")
+    assert attribute(custom_calls(text)["jax_sage_attention"], "mma_sync") == ("1", "i64")
 
 
 @needs_module
@@ -170,7 +162,7 @@ def test_buffers(recipe, dtype):
     # Scratch: one part for each 256 keys, and the parts done of K and V.
     assert results[9:] == [((6, 2, 5, 6, 128), "f32"), ((6, 2, 2), "i32")]
     operands, results = signature(calls["jax_sage_attention"])
-    assert operands == [*quantized, ((3, 2, 300, 8, 80), short)]
+    assert operands == quantized
     assert results == [((3, 2, 300, 8, 80), short), ((3, 2, 300, 8), "f32")]
 
 
@@ -275,10 +267,7 @@ def test_masks_are_lowered_to_kernels(name):
         assert attribute(attention, part) == (str(int(name == part)), "i64")
     assert ("jax_sage_pack_mask" in calls) == (name == "mask")
     assert ("jax_sage_seen_keys" in calls) == (name == "mask")  # of one row XLA makes it
-    alike = name not in ("alignment", "window")  # a window of a fifth of the keys, cut off at ends
-    assert attribute(attention, "alike") == (str(int(alike)), "i64")
-    for call in (attention, calls["jax_sage_quantize"]):
-        assert attribute(call, "takes_query") == (str(int(name not in ("mask", "segments"))), "i64")
+    assert attribute(attention, "alike") == (str(int(name != "alignment")), "i64")
     quantize = calls["jax_sage_quantize"]
     # The others' queries see all keys between them.
     seen = name in ("mask", "bias", "lengths", "segments")
@@ -453,11 +442,11 @@ def right_call(which, recipe="8+8", query=(2, 300, 4, 80), key=(2, 1100, 2, 80))
         v = quantized[5][1]
         parts = ("F32", [*v[:2], 3, 6, quantized[3][1][3]])
         attrs = {"scale_log2": 0.2, "smooth_k": 1.0, "smooth_v": 0.0, "some_seen": 0.0}
-        attrs |= {"segments": 0.0, "skip_unseen": 0.0, "takes_query": 0.0}
+        attrs |= {"segments": 0.0, "skip_unseen": 0.0}
         arrivals = ("S32", [*v[:2], 2])
         args = [describe(q), describe(k), describe(k)]
         if which == "quantize of seen":
-            attrs |= {"some_seen": 1.0, "skip_unseen": 1.0, "takes_query": 1.0}
+            attrs |= {"some_seen": 1.0, "skip_unseen": 1.0}
             args += [("U8", [batch, kv_heads, tokens]), ("F32", [batch, kv_heads])]
         if which == "quantize of segments":
             attrs |= {"some_seen": 1.0, "segments": 1.0}
@@ -480,31 +469,27 @@ def right_call(which, recipe="8+8", query=(2, 300, 4, 80), key=(2, 1100, 2, 80))
         return args, [*quantized, parts, arrivals], attrs
     attrs = {
         "length_kv": float(key[-3]),
-        "scale_log2": 0.2,
         "is_causal": 1.0,
         "alike": 0.0,
         "exact_lse": 0.0,
         "pv_accumulator": 16.0,
         "mma_sync": 0.0,
-        "takes_query": float(which == "attention" and recipe == "8+8"),  # of the two with FP16 sums
         **dict.fromkeys(("masked", "mask", "segments", "bias"), 0.0),
     }
-    last = [describe(q)] if attrs["takes_query"] else []
     if which in ("attention with masks", "attention with segments"):
         attrs |= dict.fromkeys(("masked", "mask", "bias"), 1.0) | {"is_causal": 0.0}
         segments = which == "attention with segments"
         attrs["segments"] = float(segments)
-        if segments:
-            quantized = by_slot(quantized, tokens)
-        else:
-            last.append(("F32", [batch, kv_heads]))
+        quantized = (
+            by_slot(quantized, tokens) if segments else [*quantized, ("F32", [batch, kv_heads])]
+        )
         ids = [
             ("S32", [batch, groups * 64]),
             ("S32", [batch, tiles * 128]),
             ("S32", [batch, groups, 2]),
             ("S32", [batch, tiles, 2]),
         ]
-        last += [
+        quantized += [
             ("S32", [batch, groups * 64, 2]),
             ("S32", [batch, groups, 4]),
             describe(k),
@@ -514,7 +499,7 @@ def right_call(which, recipe="8+8", query=(2, 300, 4, 80), key=(2, 1100, 2, 80))
             *(ids if segments else []),
             ("F16", [batch, heads, query[-3], tiles * 128]),
         ]
-    return [*quantized, *last], [describe(q), ("F32", list(query[:-1]))], attrs
+    return quantized, [describe(q), ("F32", list(query[:-1]))], attrs
 
 
 def by_slot(quantized, tokens):
@@ -540,7 +525,7 @@ NAMES = {
         ["query", "key", "value", "seen", "query_ids", "sorted_ids", "order"],
         [*BY_SLOT, *SCRATCH_BY_SLOT],
     ),
-    "attention": ([*QUANTIZED, "query"], ["out", "lse"]),
+    "attention": (QUANTIZED, ["out", "lse"]),
     "attention with masks": ([*QUANTIZED, "per_counted_key", *MASKS, "bias"], ["out", "lse"]),
     "attention with segments": ([*BY_SLOT, *MASKS, *IDS, "bias"], ["out", "lse"]),
     "pack_mask": (["mask"], ["words", "views"]),
@@ -561,7 +546,7 @@ def test_right_calls_pass(which, recipe):
     assert complaint(which, *right_call(which, recipe)) is None
     if which not in ("quantize", "attention"):
         return
-    shapes = [((300, 4, 128), (64, 1, 128)), ((1, 2, 3, 1, 4, 4), (1, 2, 3, 1100, 4, 4))]
+    shapes = [((300, 4, 128), (64, 1, 128)), ((1, 2, 3, 1, 4, 1), (1, 2, 3, 1100, 4, 1))]
     for query, key in shapes:
         call = right_call(which, recipe, query, key)
         if which == "quantize":
@@ -638,10 +623,6 @@ def test_wrong_dtypes_are_named(which, recipe):
         ("quantize of segments", "skip_unseen", [1]),
         ("quantize", "segments", [2, -1, math.nan]),
         ("quantize of seen", "segments", [2]),
-        ("quantize", "takes_query", [2, -1, math.nan]),
-        ("quantize of segments", "takes_query", [1]),
-        ("attention", "takes_query", [2, math.nan]),
-        ("attention", "scale_log2", [math.inf, math.nan]),
         ("attention", "masked", [2, -1, math.nan]),
         ("attention with masks", "is_causal", [1, 2]),
         ("attention with masks", "mask", [2, -1]),
@@ -696,45 +677,6 @@ def test_masks_may_have_ones():
     args[-1] = (dtype, [*dims[:3], 2])  # two columns stand for all keys
     assert complaint("attention", args, results, attrs) is None
     assert "bias is F16" in complaint("attention", [*args[:-1], (dtype, [1] * 4)], results, attrs)
-
-
-@needs_module
-def test_who_takes_the_query_must_agree():
-    args, results, attrs = right_call("attention")
-    assert attrs["takes_query"] == 1
-    for change in ({"mma_sync": 1.0}, {"pv_accumulator": 32.0}):
-        message = complaint("attention", args, results, attrs | change)
-        assert "attribute takes_query is 1, which is not what" in message
-    message = complaint("attention", args[:9], results, attrs | {"takes_query": 0.0})
-    assert "attribute takes_query is 0, which is not what" in message
-
-
-@needs_module
-def test_a_kernel_that_takes_the_query_has_four_channels_at_once():
-    """The lowering pads them."""
-    message = complaint("attention", *right_call("attention", "8+8", (1, 9, 2, 6), (1, 9, 2, 6)))
-    assert "head_dim is 6, and attribute takes_query needs a multiple of 4" in message
-    calls = custom_calls(lower((1, 9, 2, 6)))
-    assert signature(calls["jax_sage_attention"])[0][-1] == ((1, 9, 2, 8), "bf16")
-
-
-@needs_module
-@pytest.mark.parametrize(
-    ("options", "alike"),
-    [
-        ({}, True),
-        ({"is_causal": True}, False),
-        ({"local_window_size": (30, 30)}, True),
-        ({"local_window_size": (200, 30)}, False),  # cut off at one end for many
-        ({"is_causal": True, "local_window_size": 20}, True),
-        ({"is_causal": True, "local_window_size": 300}, False),
-        ({"query_seq_lengths": np.array([7])}, True),
-    ],
-    ids=str,
-)
-def test_whether_queries_see_about_as_many_keys_each(options, alike):
-    calls = custom_calls(lower((1, 600, 2, 64), **options))
-    assert attribute(calls["jax_sage_attention"], "alike") == (str(int(alike)), "i64")
 
 
 @needs_module

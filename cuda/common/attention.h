@@ -45,9 +45,9 @@ struct MaskParams {
 
 // Tp and Sp are the padded lengths, Hp the padded head dimension (64, 128 or 256).
 struct AttentionParams {
-  const int8_t* q;                  // [B, N, Tp, Hp]; not read by kernels that quantize Q
-  const float* q_scale;             // [B, N, Tp]; the same
-  const float* q_dot_mean;          // [B, N, Tp]; the same
+  const int8_t* q;                  // [B, N, Tp, Hp]
+  const float* q_scale;             // [B, N, Tp]
+  const float* q_dot_mean;          // [B, N, Tp]
   const int8_t* k;                  // [B, K, Sp, Hp]
   const float* k_scale;             // [B, K, Sp/64, 4]
   const void* v;                    // E4M3 [B, K, Hp, Sp], permuted; or FP16 [B, K, Sp, Hp]
@@ -76,10 +76,6 @@ struct AttentionParams {
   const float* slot_channels;  // [B, K, S, kSlotRows, Hp]
   const int32_t* query_slots;  // [B, Tp]; -1: the query sees no key
   bool alike;                  // by their positions, queries see about as many keys each
-  // Where the kernel quantizes Q, as sm90::TakesQuery says:
-  const void* query;     // [B, T, N, H], of the type of out
-  float scale_log2;      // softmax scale * log2(e)
-  float q_scale_factor;  // |scale_log2| / 127
 };
 
 }  // namespace jax_sage

@@ -51,6 +51,16 @@ __device__ __forceinline__ Position FindPosition(const AttentionParams& params, 
   return {static_cast<int>(q_index) * kQueries, head, head / group};
 }
 
+// Tiles of keys that `rows` queries from `first_row` on see.
+template <int kTile>
+__device__ __forceinline__ int CountTiles(const AttentionParams& params, int first_row, int rows) {
+  if (first_row >= params.length_q) return 0;
+  const int tiles = (params.length_kv + kTile - 1) / kTile;
+  if (!params.is_causal) return tiles;
+  const int last_row = min(first_row + rows, params.length_q) - 1;
+  return min(tiles, last_row / kTile + 1);
+}
+
 template <class Out>
 __device__ __forceinline__ Out Convert(float x) {
   if constexpr (sizeof(Out) == 4) {
@@ -142,31 +152,24 @@ __device__ __forceinline__ void PrepareOutput(OutputTable<kHeadDim>& table,
   }
 }
 
-// q·k̄ of a query, to base 2, where it was quantized before.
-template <int kHeadDim>
-__device__ __forceinline__ float QueryDotMean(const AttentionParams& params,
-                                              const OutputTable<kHeadDim>& table, int row) {
-  return params.q_dot_mean[table.query_row + row];
-}
-
 // Finishes the outputs of two rows, `row` and `row + 8`, of which this thread holds the channels
 // kFirst + 8n + 2(lane % 4) + {0, 1}: divides by the row sum, undoes V's scale and mean, and marks
 // what is not finite. With the first channels it stores lse. `sum` is this thread's part of the sum
-// of P before rounding; q_dot_mean_of(half) is a row's q·k̄, to base 2.
-template <bool kMasked, int kFirst = 0, int kHeadDim, int kTiles, class QueryDotMeanOf>
+// of P before rounding.
+template <bool kMasked, int kFirst = 0, int kHeadDim, int kTiles>
 __device__ __forceinline__ void FinishRows(const AttentionParams& params,
                                            const OutputTable<kHeadDim>& table, int row, int lane,
                                            float (&o)[kTiles][4], const float (&max)[2],
-                                           const float (&sum)[2], const float (&quantized_sum)[2],
-                                           QueryDotMeanOf q_dot_mean_of) {
+                                           const float (&sum)[2], const float (&quantized_sum)[2]) {
   float norm[2], inverse[2], q_dot_mean[2];
   int last_key[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int this_row = row + 8 * half;
-    // Needed last, and perhaps far away.
-    q_dot_mean[half] =
-        kFirst == 0 && (lane & 3) == 0 && this_row < params.length_q ? q_dot_mean_of(half) : 0;
+    // Needed last, and far away.
+    q_dot_mean[half] = kFirst == 0 && (lane & 3) == 0 && this_row < params.length_q
+                           ? params.q_dot_mean[table.query_row + this_row]
+                           : 0;
     last_key[half] = kMasked            ? -1
                      : params.is_causal ? min(this_row, params.length_kv - 1)
                                         : params.length_kv - 1;

@@ -16,6 +16,18 @@ __device__ __forceinline__ void StoreCodes(void* to, const X& codes) {
   __stcs(static_cast<X*>(to), codes);
 }
 
+// Codes of x * inverse, at most 127 in magnitude. Adding 1.5 * 2^23 rounds to an integer, to
+// nearest even, in the lowest bits: a byte permutation is cheaper than conversions.
+__device__ __forceinline__ uint32_t PackInt8(float x0, float x1, float x2, float x3,
+                                             float inverse) {
+  const auto code = [&](float x) {
+    return __float_as_uint(__fadd_rn(__fmul_rn(x, inverse), 0x1.8p23f));
+  };
+  const uint32_t low = __byte_perm(code(x0), code(x1), 0x0040);
+  const uint32_t high = __byte_perm(code(x2), code(x3), 0x0040);
+  return __byte_perm(low, high, 0x5410);
+}
+
 // One value for each pass, of which each thread of a row has a part: puts the parts together, all
 // passes at once, and leaves to a thread the pass PassOfThread alone. By exchanging halves that is
 // 5 shuffles in all for rows of 16 threads, and not 4 for each pass.
@@ -50,6 +62,10 @@ __device__ __forceinline__ float MaxAcross(float x) {
   return x;
 }
 
+// Bits of the largest magnitude; at least those of infinity where there is something not finite.
+__device__ __forceinline__ int LargestBits(float2 x) {
+  return max(__float_as_int(fabsf(x.x)), __float_as_int(fabsf(x.y)));
+}
 __device__ __forceinline__ int LargestBits(const Vector<float>& vector) {
   int largest = 0;
 #pragma unroll
@@ -252,9 +268,9 @@ __device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params, co
 }
 
 template <int kHeadDim>
-__device__ __forceinline__ void StoreZeros(void* to, int64_t bytes) {
+__device__ __forceinline__ void StoreZeros(void* to, int bytes) {
 #pragma unroll 1
-  for (int64_t i = threadIdx.x; i < bytes / 16; i += kThreads<kHeadDim>) {
+  for (int i = threadIdx.x; i < bytes / 16; i += kThreads<kHeadDim>) {
     static_cast<uint4*>(to)[i] = make_uint4(0, 0, 0, 0);
   }
 }
@@ -264,7 +280,7 @@ template <int kHeadDim>
 __device__ __forceinline__ void ZeroKeyCodes(const QuantizeParams& params, int head, int first,
                                              int count) {
   const int64_t index = head * static_cast<int64_t>(params.padded_kv) + first;
-  StoreZeros<kHeadDim>(params.k + index * kHeadDim, static_cast<int64_t>(count) * kHeadDim);
+  StoreZeros<kHeadDim>(params.k + index * kHeadDim, count * kHeadDim);
   for (int i = threadIdx.x; i < count / kBlockKv * kKeyScales; i += kThreads<kHeadDim>) {
     params.k_scale[index / kBlockKv * kKeyScales + i] = kAbsmaxFloor * (1.0f / kInt8Max);
   }

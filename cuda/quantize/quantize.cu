@@ -1,4 +1,4 @@
-// Quantization of K and V, and of Q unless the attention does that, in one launch.
+// Quantization of Q, K and V in one launch.
 //
 // K and V are read twice: their codes need statistics of the whole sequence. The grid is ordered so
 // that the codes of a head are made soon after its statistics, while K and V are still in L2: from
@@ -177,9 +177,7 @@ cudaError_t Launch(const QuantizeParams& params, cudaStream_t stream) {
   const int64_t units = 2 * params.batch * params.kv_heads;
   const int64_t items = units * params.parts;
   const int64_t query_items =
-      params.query == nullptr
-          ? 0
-          : params.batch * params.heads * ceil_div(params.padded_q, kQueriesOfItem<In, kHeadDim>);
+      params.batch * params.heads * ceil_div(params.padded_q, kQueriesOfItem<In, kHeadDim>);
   if (2 * items + query_items > INT32_MAX) return cudaErrorInvalidConfiguration;
   Plan plan;
   plan.items = static_cast<int>(items);

@@ -11,7 +11,7 @@
 namespace jax_sage {
 
 struct QuantizeParams {
-  const void* query;  // [B, T, N, H]; null: no codes of it are wanted
+  const void* query;  // [B, T, N, H]
   const void* key;    // [B, S, K, H]
   const void* value;  // [B, S, K, H]
   DType type;

@@ -9,7 +9,6 @@
 #include <limits>
 #include <type_traits>
 
-#include "common/inputs.cuh"
 #include "common/layout.h"
 #include "common/ptx.cuh"
 #include "quantize/quantize.h"
@@ -47,10 +46,31 @@ struct Plan {
   float per_token;  // 1 / length_kv
 };
 
+// Two neighbouring channels, as they are stored.
+template <class In>
+struct PairOf;
+template <>
+struct PairOf<float> {
+  using Type = float2;
+};
+template <>
+struct PairOf<__half> {
+  using Type = __half2;
+};
+template <>
+struct PairOf<__nv_bfloat16> {
+  using Type = __nv_bfloat162;
+};
 template <class In>
 using Pair = typename PairOf<In>::Type;
-using jax_sage::LargestBits;
-using jax_sage::ToFloats;
+
+__device__ __forceinline__ float2 ToFloats(float2 x) { return x; }
+__device__ __forceinline__ float2 ToFloats(__half2 x) { return __half22float2(x); }
+// One instruction each; the library's takes two for the upper.
+__device__ __forceinline__ float2 ToFloats(__nv_bfloat162 x) {
+  const uint32_t word = *reinterpret_cast<const uint32_t*>(&x);
+  return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+}
 template <class X>
 __device__ __forceinline__ X FromFloats(float2 x) {
   if constexpr (std::is_same_v<X, float2>) return x;

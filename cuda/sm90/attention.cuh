@@ -6,9 +6,8 @@
 // waits for the matrix unit or for its exponentials, the others use what it leaves. A producer warp
 // loads K and V by TMA, running ahead into the next item.
 //
-// With a mask or segments the producer warp finds the tiles that any of the queries may see, loads
-// these alone, and says with each what each warpgroup sees of it. A bias is loaded by the consumer
-// warps.
+// With masks the producer warp finds the tiles that any of the queries may see, loads these alone,
+// and says with each what each warpgroup sees of it. A bias is loaded by the consumer warps.
 #pragma once
 
 #include "common/epilogue.cuh"
@@ -20,7 +19,6 @@
 #include "sm90/bias.cuh"
 #include "sm90/items.cuh"
 #include "sm90/producer.cuh"
-#include "sm90/query.cuh"
 #include "sm90/softmax.cuh"
 #include "sm90/store.cuh"
 #include "sm90/traits.cuh"
@@ -50,6 +48,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
     __syncwarp();
     if (lane == 0) ptx::BarrierArrive(barrier);
   };
+  const uint32_t opaque_zero = work.cut.items >> 31;
   const int bias_warp = 4 * warpgroup + __shfl_sync(0xffffffffu, warp, 0);
   BiasBuffer<Barriers<T>::kBiasEmpty> bias(shared + T::kBias + bias_warp * T::kBiasOfWarp,
                                            barriers.BiasFull(bias_warp), maps,
@@ -60,53 +59,12 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
     const uint32_t rows = shared + T::Rows(warpgroup, turn);
     const int group_row = ptx::LoadSharedAs<int>(rows + T::kRowAt);
     std::conditional_t<T::kQInRegisters, QueryFragments<T::kHeadDim>, uint64_t> q;
-    if constexpr (!T::kQInRegisters) q = q_tile;
-    Scores<T> scores;
-    // Of this thread's rows: scales, or q·k̄ where the warpgroup quantizes its Q.
-    const auto of_rows = [&](int half) {
-      const unsigned thread = ptx::ThreadIndex() % 128;
-      return shared + T::kQScales + warpgroup * T::kQScaleBytes +
-             (thread / 32 * 16 + thread % 32 / 4 + half * 8) * sizeof(float);
-    };
-    if (group_row < params.length_q) {
-      const int row = 16 * warp + lane / 4;
-      if constexpr (T::kTakesQuery) {
-        const int2 heads = ptx::LoadSharedAs<int2>(rows + T::kAllHeadsAt);
-        const float* mean =
-            params.channels + (heads.y * int64_t{kChannelRows} + kKeyMean) * T::kHeadDim;
-        const auto put_dot = [&](int half, float x) {  // this thread itself reads it at the end
-          if ((lane & 3) == 0) ptx::StoreSharedAs(of_rows(half), x);
-        };
-        const auto quantize = [&](auto& codes) {
-          WithOutputType(params.out_type, [&](auto type) {
-            using In = decltype(type);
-            const uint8_t* first = FindQuery(params, heads.x, group_row);
-            const Queries<In> queries{reinterpret_cast<const In*>(first),
-                                      static_cast<int64_t>(params.heads) * params.head_dim,
-                                      params.length_q - group_row, params.head_dim};
-            QuantizeQueries<T::kHeadDim, T::kQInRegisters>(params, queries, mean, row, lane, codes,
-                                                           scores.q_scale, put_dot);
-          });
-        };
-        if constexpr (T::kQInRegisters) {
-          quantize(q);
-        } else {
-          // The last QK^T of the item before is done: QFull follows QEmpty.
-          QueryTile<T::kBoxRow> tile(shared + T::kQ + warpgroup * T::kQBytes, row, lane);
-          quantize(tile);
-          ptx::FenceAsyncProxy();
-          ptx::SyncWarpgroup(warpgroup);
-        }
-      } else {
-        if constexpr (T::kQInRegisters) {
-          q.Load(ptx::LoadSharedAs<const int8_t*>(rows + T::kQAt), row, lane);
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          scores.q_scale[half] = ptx::LoadSharedAs<float>(of_rows(half));
-        }
-      }
+    if constexpr (!T::kQInRegisters) {
+      q = q_tile;
+    } else if (group_row < params.length_q) {
+      q.Load(ptx::LoadSharedAs<const int8_t*>(rows + T::kQAt), 16 * warp + lane / 4, lane);
     }
+    Scores<T> scores;
     Pv sums(output + lane * 16);
     const auto load_scales = [&] {
       ptx::BarrierWait(barriers.KFull(ring.stage), ring.parity);
@@ -117,6 +75,12 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
                                      (block * kKeyScales + (lane & 3)) * 4);
       }
     };
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      scores.q_scale[half] =
+          ptx::LoadSharedAs<float>(shared + T::kQScales + warpgroup * T::kQScaleBytes +
+                                   (16 * warp + lane / 4 + 8 * half) * 4);
+    }
     // The tile in the ring's stage, the count-th of this warpgroup. `softmax` makes P of the scores
     // of some blocks; `next` moves the ring on, beneath PV.
     const auto compute = [&](int count, bool is_last, auto softmax, auto next) {
@@ -225,7 +189,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
           const int tile = static_cast<int>(plan >> kTileShift), first = tile * T::kTile;
           read_bias(tile);
           if (view == kAll) {
-            scores.Softmax(blocks, p, sums, my_tiles == 0, Everything(), T::kTile);
+            scores.Softmax(blocks, p, sums, my_tiles == 0, Everything(), T::kTile, opaque_zero);
             return;
           }
           SeenKeys<T::kTile> seen;
@@ -240,7 +204,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
               seen.bits[half] &= ColumnsOfSegment<T::kTile>(params.masks, batch(), id, first, lane);
             }
           }
-          scores.Softmax(blocks, p, sums, my_tiles == 0, seen, T::kTile);
+          scores.Softmax(blocks, p, sums, my_tiles == 0, seen, T::kTile, opaque_zero);
         };
         compute(my_tiles, is_last, softmax, [&] {
           ring.Next();
@@ -260,12 +224,12 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
         }
       };
       const auto item_first = [&] { return ptx::LoadSharedAs<int>(rows + T::kItemAt); };
-      const auto bounds = [&] {
-        return params.masks.rows != nullptr ? ptx::LoadSharedAs<int4>(rows + T::kBoundsAt)
-                                            : BoundsOf(params, group_row, kRows);
-      };
       Extent mine{};
-      if (group_row < params.length_q) mine = ExtentOf<T::kTile>(bounds());
+      if (group_row < params.length_q) {
+        mine = ExtentOf<T::kTile>(params.masks.rows != nullptr
+                                      ? ptx::LoadSharedAs<int4>(rows + T::kBoundsAt)
+                                      : BoundsOf(params, group_row, kRows));
+      }
       my_tiles = mine.end - mine.first;
       if (my_tiles == 0) mine.first = mine.end = item_first();
       pass(mine.first - item_first());
@@ -283,7 +247,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
           // Its buffer has been read, beneath PV of the tile before.
           if (count + 1 < my_tiles) copy_bias(tile + 1);
           if (count >= first_whole && count < end_whole) {
-            scores.Softmax(blocks, p, sums, count == 0, Everything(), T::kTile);
+            scores.Softmax(blocks, p, sums, count == 0, Everything(), T::kTile, opaque_zero);
             return;
           }
           SeenKeys<T::kTile> seen;
@@ -294,11 +258,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
             if (params.masks.rows != nullptr) interval = interval_of(half);
             seen.bits[half] = ColumnsOf<T::kTile>(interval, tile * T::kTile + 2 * (lane & 3));
           }
-          int keys = T::kTile;  // of the tile that any of the rows may see
-          if constexpr (T::kBlocks > 1) {
-            keys = bounds().y - tile * T::kTile;
-          }
-          scores.Softmax(blocks, p, sums, count == 0, seen, keys);
+          scores.Softmax(blocks, p, sums, count == 0, seen, T::kTile, opaque_zero);
         };
         compute(count, count + 1 == my_tiles, softmax, [&] {
           ring.Next();
@@ -325,19 +285,10 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
         constexpr int kFirst = decltype(first)::value;
         float o[T::kTurn / 8][4];
         sums.template Finish<kFirst>(o, my_tiles);
-        const auto q_dot_mean = [&](int half) {
-          if constexpr (T::kTakesQuery) {
-            return ptx::LoadSharedAs<float>(of_rows(half));
-          } else {
-            return QueryDotMean(params, table, first_row + lane / 4 + 8 * half);
-          }
-        };
         FinishRows<T::kMasked, kFirst>(params, table, first_row + lane / 4, lane, o, scores.max,
-                                       scores.sum, row_sum, q_dot_mean);
+                                       scores.sum, row_sum);
         WithOutputType(params.out_type, [&](auto type) {
-          // The lane anew, or what it makes of it stays in registers from item to item.
-          StoreTile<decltype(type), kFirst>(params, table, first_row, ptx::ThreadIndex() % 32,
-                                            output, o);
+          StoreTile<decltype(type), kFirst>(params, table, first_row, lane, output, o);
         });
       };
       finish(std::integral_constant<int, 0>());
@@ -394,12 +345,10 @@ cudaError_t Launch(const AttentionParams& params, cudaStream_t stream) {
     return cudaErrorInvalidConfiguration;
   }
   TensorMaps maps{};
-  cudaError_t error = cudaSuccess;
-  if constexpr (!T::kTakesQuery) {
-    error = Encode(&maps.q, {params.q, T::kHeadDim, static_cast<uint64_t>(params.padded_q), heads,
-                             T::kBoxRow, kRows});
-    if (error != cudaSuccess) return error;
-  }
+  cudaError_t error = Encode(
+      &maps.q,
+      {params.q, T::kHeadDim, static_cast<uint64_t>(params.padded_q), heads, T::kBoxRow, kRows});
+  if (error != cudaSuccess) return error;
   error = Encode(&maps.k, {params.k, T::kHeadDim, static_cast<uint64_t>(params.padded_kv), kv_heads,
                            T::kBoxRow, T::kTile});
   if (error != cudaSuccess) return error;

@@ -22,14 +22,11 @@ struct Tensor {
 };
 cudaError_t Encode(CUtensorMap* map, const Tensor& tensor);
 
-// Whether these kernels quantize Q: then `query` is read, and the codes of Q are not.
-inline bool TakesQuery(const AttentionParams& params) { return params.masks.AreIntervals(); }
-
 // E4M3 PV with FP16 partial sums.
 cudaError_t LaunchAttentionFp8(const AttentionParams& params, cudaStream_t stream);
 // FP16 PV with FP32 sums.
 cudaError_t LaunchAttentionFp16(const AttentionParams& params, cudaStream_t stream);
-// The same with a mask, segments or a bias.
+// The same with masks.
 cudaError_t LaunchMaskedFp8(const AttentionParams& params, cudaStream_t stream);
 cudaError_t LaunchMaskedFp16(const AttentionParams& params, cudaStream_t stream);
 

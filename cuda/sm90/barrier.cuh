@@ -42,10 +42,6 @@ __device__ __forceinline__ bool BarrierTest(uint32_t barrier, uint32_t parity) {
       : "memory");
   return done != 0;
 }
-// All 128 threads of consumer warpgroup `warpgroup` meet.
-__device__ __forceinline__ void SyncWarpgroup(int warpgroup) {
-  asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");
-}
 // Makes this thread's barrier initializations and shared stores visible to the async proxy.
 __device__ __forceinline__ void FenceBarrierInit() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -82,10 +78,6 @@ __device__ __forceinline__ void CopyBoxOfWarp(uint32_t shared, const CUtensorMap
       "[%0], [%1, {%3, %4, %5}], [%2];\n}\n" ::"r"(shared),
       "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
       : "memory");
-}
-// A line of 128 bytes that will be read soon.
-__device__ __forceinline__ void PrefetchL2(const void* global) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
 // `bytes` contiguous bytes, a multiple of 16.
 __device__ __forceinline__ void CopyBulk(uint32_t shared, const void* global, int bytes,

@@ -1,4 +1,4 @@
-// E4M3 PV with FP16 partial sums, with a mask, segments or a bias.
+// E4M3 PV with FP16 partial sums, with masks.
 #include "sm90/attention.cuh"
 
 namespace jax_sage::sm90 {

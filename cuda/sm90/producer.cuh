@@ -7,7 +7,6 @@
 #include "common/ptx.cuh"
 #include "sm90/attention.h"
 #include "sm90/barrier.cuh"
-#include "sm90/query.cuh"
 #include "sm90/traits.cuh"
 
 namespace jax_sage::sm90 {
@@ -141,9 +140,8 @@ __device__ __forceinline__ void ProduceSeenKv(const AttentionParams& params, con
   }
 }
 
-// One thread says to each warpgroup which queries are its next, as soon as that has issued its last
-// QK^T of the item before, and loads what belongs to them: codes of Q, unless the warpgroup makes
-// these, and intervals.
+// One thread loads Q, for each warpgroup as soon as that is done with the item before, and
+// says which queries they are.
 template <class T>
 __device__ __forceinline__ void ProduceQ(const AttentionParams& params, const TensorMaps& maps,
                                          Work<T> work, uint32_t shared, Barriers<T> barriers) {
@@ -177,10 +175,7 @@ __device__ __forceinline__ void ProduceQ(const AttentionParams& params, const Te
           ptx::StoreSharedAs(rows + T::kMaskAt, MaskRow(params.masks, batch, head, row));
         }
       }
-      if constexpr (T::kTakesQuery) {
-        ptx::StoreSharedAs(rows + T::kAllHeadsAt, static_cast<int>(position.head));
-        ptx::StoreSharedAs(rows + T::kAllHeadsAt + 4, static_cast<int>(position.kv_head));
-      } else if constexpr (T::kQInRegisters) {
+      if constexpr (T::kQInRegisters) {
         ptx::StoreSharedAs(rows + T::kQAt,
                            params.q + (position.head * params.padded_q + row) * T::kHeadDim);
       }
@@ -190,19 +185,17 @@ __device__ __forceinline__ void ProduceQ(const AttentionParams& params, const Te
       }
       const bool with_intervals = T::kMasked || params.masks.rows != nullptr;
       constexpr int kBoundsBytes = T::kMasked ? 0 : sizeof(int4);
-      constexpr int kCodesBytes = T::kTakesQuery ? 0 : T::kQBytes + T::kQScaleBytes;
-      ptx::BarrierExpect(barriers.QFull(group),
-                         kCodesBytes + (with_intervals ? T::kIntervalBytes + kBoundsBytes : 0));
-      if constexpr (!T::kTakesQuery) {
-        if constexpr (!T::kQInRegisters) {
-          CopyChannels<T::kHeadDim, kRows>(shared + T::kQ + group * T::kQBytes, &maps.q,
-                                           barriers.QFull(group), row,
-                                           static_cast<int>(position.head));
-        }
-        ptx::CopyBulk(shared + T::kQScales + group * T::kQScaleBytes,
-                      params.q_scale + position.head * params.padded_q + row, T::kQScaleBytes,
-                      barriers.QFull(group));
+      ptx::BarrierExpect(
+          barriers.QFull(group),
+          T::kQBytes + T::kQScaleBytes + (with_intervals ? T::kIntervalBytes + kBoundsBytes : 0));
+      if constexpr (!T::kQInRegisters) {
+        CopyChannels<T::kHeadDim, kRows>(shared + T::kQ + group * T::kQBytes, &maps.q,
+                                         barriers.QFull(group), row,
+                                         static_cast<int>(position.head));
       }
+      ptx::CopyBulk(shared + T::kQScales + group * T::kQScaleBytes,
+                    params.q_scale + position.head * params.padded_q + row, T::kQScaleBytes,
+                    barriers.QFull(group));
       if (with_intervals) {
         ptx::CopyBulk(shared + T::kIntervals + group * T::kIntervalBytes,
                       params.masks.rows + batch * params.masks.row_stride + row, T::kIntervalBytes,
@@ -217,21 +210,7 @@ __device__ __forceinline__ void ProduceQ(const AttentionParams& params, const Te
   }
 }
 
-// Q of an item, to L2; by kRows threads.
-__device__ __forceinline__ void PrefetchQueries(const AttentionParams& params, const Item& item,
-                                                int thread) {
-  const uint8_t* query = FindQuery(params, static_cast<int>(item.head), item.first_row + thread);
-  const int bytes = QuerySize(params) * params.head_dim;
-  int rows = min(item.groups * kRows, params.length_q - item.first_row) - thread;
-#pragma unroll 1
-  for (; rows > 0; rows -= kRows, query += kRows * QueryStride(params)) {
-#pragma unroll 1
-    for (int byte = 0; byte < bytes; byte += 128) ptx::PrefetchL2(query + byte);
-    ptx::PrefetchL2(query + bytes - 1);  // of a row that is not aligned, a line more
-  }
-}
-
-// 64 threads prepare what the end of each item needs, and then the beginning of the next.
+// 64 threads prepare what the end of each item needs.
 template <class T>
 __device__ __forceinline__ void ProduceTable(const AttentionParams& params, Work<T> work,
                                              int thread, OutputTable<T::kHeadDim>& table,
@@ -240,9 +219,6 @@ __device__ __forceinline__ void ProduceTable(const AttentionParams& params, Work
     ptx::BarrierWait(barriers.TableEmpty(), ~turn & 1);
     PrepareOutput<T::kMasked>(table, params, work.Find(params, turn), thread, 64);
     ptx::BarrierArrive(barriers.TableFull());
-    if constexpr (T::kTakesQuery) {
-      if (work.Any(turn + 1)) PrefetchQueries(params, work.Find(params, turn + 1), thread);
-    }
   }
 }
 

@@ -7,11 +7,13 @@
 #include "common/masks.cuh"
 #include "common/ptx.cuh"
 #include "sm90/barrier.cuh"
-#include "sm90/query.cuh"
 #include "sm90/sums.cuh"
 #include "sm90/wgmma.cuh"
 
 namespace jax_sage::sm90 {
+
+// Q and K of more than 128 channels are boxes of as many, one behind the other.
+constexpr int kBoxChannels = 128;
 
 // S[64 x 64] = Q K^T of a block of keys. q: descriptor of a tile in shared memory, or fragments.
 template <int kHeadDim, class Q>
@@ -27,6 +29,24 @@ __device__ __forceinline__ void IssueQk(int32_t (&s)[kBlockKv / 2], const Q& q, 
   }
   ptx::WgmmaCommit();
 }
+
+// Q of a warpgroup as A fragments: of this thread's rows `row`, from the warpgroup's first, and
+// `row` + 8.
+template <int kHeadDim>
+struct QueryFragments {
+  uint32_t steps[kHeadDim / 32][4];
+  __device__ __forceinline__ void Load(const int8_t* first_row, int row, int lane) {
+    const int8_t* from = first_row + row * kHeadDim + 4 * (lane & 3);
+#pragma unroll
+    for (int ks = 0; ks < kHeadDim / 32; ++ks) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        steps[ks][i] = __ldg(reinterpret_cast<const uint32_t*>(from + i % 2 * (8 * kHeadDim) +
+                                                               i / 2 * 16 + ks * 32));
+      }
+    }
+  }
+};
 
 // Scores and softmax state of this thread's two rows, lane / 4 and lane / 4 + 8 of its warp's 16.
 //
@@ -51,7 +71,7 @@ struct Scores {
   template <int kFrom, int kTo, class Seen>
   __device__ __forceinline__ void Softmax(Blocks<kFrom, kTo>,
                                           uint32_t (&p)[T::kBlocks][Pv::kRegisters], Pv& sums,
-                                          bool first, const Seen& seen, int keys) {
+                                          bool first, const Seen& seen, int keys, int opaque_zero) {
     first = first && kFrom == 0;
     float tile_sum[2] = {0, 0};
     uint32_t over[2] = {first ? ~0u : 0, first ? ~0u : 0};
@@ -76,7 +96,6 @@ struct Scores {
     if (__any_sync(0xffffffffu, ((over[0] | over[1]) & Pv::kLimitMask) != 0)) {
       // Other values to the compiler: it would keep the converted scores and the 64 comparisons of
       // above for here.
-      const int opaque_zero = static_cast<int>(ptx::ThreadIndex() >> 31);
 #pragma unroll
       for (int block = kFrom; block < kTo; ++block) {
 #pragma unroll
@@ -125,19 +144,22 @@ struct Scores {
           if constexpr (T::kBiased) shift = fmaf(bias[block][4 * n + e], kLog2E, shift);
           x[i][e] = ptx::Exp2(fmaf(static_cast<float>(s[block][4 * n + e]), scale[half], shift));
           const bool is_seen = seen(half, kBlockKv * block + 8 * n + e % 2);
+          if constexpr (!Seen::kBits) {
+            if (!is_seen) x[i][e] = 0;
+          }
           if constexpr (T::kBiased && kAgain) {
             // Not NaN where a row has no maximum, or its query is NaN: it does not see this key.
             // All such rows come here.
             if (bias[block][4 * n + e] * kLog2E <= kHidingBias) x[i][e] = 0;
           }
           if constexpr (T::kExactSum || !Pv::kSumsRows) {
-            if (is_seen) tile_sum[half] += x[i][e];
+            if (!Seen::kBits || is_seen) tile_sum[half] += x[i][e];
           }
         }
       }
       Pv::Pack(p, pair, x);
       // Bits mask packed codes: a few instructions for a register of them.
-      if constexpr (Seen::kMasked) {
+      if constexpr (Seen::kBits) {
         const int i = kBlockKv / 16 * block + pair;
         Pv::Hide(p, pair, seen.bits[0] << i, seen.bits[1] << i);
       }
@@ -180,11 +202,11 @@ struct Scores {
           for (int e = 0; e < 2; ++e) {
             const int column = kBlockKv * block + 8 * n + e;
             const int32_t x = s[block][4 * n + 2 * half + e];
-            if constexpr (Seen::kMasked) {
+            if constexpr (Seen::kBits) {
               const int32_t is_seen = seen.Spread(half, column);
               best = ::max(best, (x & is_seen) | (INT32_MIN & ~is_seen));
               block_total += x & is_seen;
-            } else {
+            } else if (seen(half, column)) {
               best = ::max(best, x);
               block_total += x;
             }

@@ -50,9 +50,6 @@ struct Traits {
                 65536 / kThreads / 8 * 8 * (kConsumers + 1));
   static constexpr int kTile = Pv::kTile;  // keys
   static constexpr int kBlocks = kTile / kBlockKv;
-  // Consumers quantize their Q. With masks they find the codes in memory: with segments the means
-  // that q·k̄ needs, and what Q's scales take over from K, are each segment's own.
-  static constexpr bool kTakesQuery = !kMasked;
   // Q of 256 channels does not fit beside their FP32 output; two consumers have registers for it.
   static constexpr bool kQInRegisters = Pv::kSumsRows && kHeadDim > 128;
   // A row of a box of Q or K, as it is swizzled.
@@ -64,15 +61,13 @@ struct Traits {
   static constexpr int kQScaleBytes = kRows * 4;
   static constexpr int kIntervalBytes = kRows * 8;
   // What ProduceQ says of a warpgroup's rows, in bytes: the first; the first row of their bias; the
-  // address of their Q's codes. With masks batch, head, and the address of their words of the mask,
-  // otherwise the tiles of the item, what these rows see, as in MaskParams::groups, and the query's
-  // and the key's head of all batch entries.
+  // address of their Q. With masks batch, head, and the address of their words of the mask,
+  // otherwise the tiles of the item and what these rows see, as in MaskParams::groups.
   static constexpr int kRowAt = 0, kBiasRowAt = 12, kMaskAt = 16;
   static constexpr int kItemAt = 4, kBoundsAt = 16;
-  static constexpr int kQAt = 24;         // with masks
-  static constexpr int kAllHeadsAt = 32;  // without
+  static constexpr int kQAt = kMasked ? 24 : 32;
   static constexpr int kBatchAt = kMasked ? 4 : 40, kHeadAt = kMasked ? 8 : 44;
-  static constexpr int kRowsBytes = kMasked ? 32 : 48;
+  static constexpr int kRowsBytes = !kMasked && (kQInRegisters || kBiased) ? 48 : 32;
   // Where it only serves the stores, these go by turns of 128 channels.
   static constexpr int kOutputBytes =
       kRows * (Pv::kSumsRows || kHeadDim < 128 ? kHeadDim : 128) * 4;

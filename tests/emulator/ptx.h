@@ -7,7 +7,6 @@
 namespace emulator {
 
 inline unsigned BlockIndex() { return blockIdx.x; }
-inline unsigned ThreadIndex() { return threadIdx.x; }
 
 // Shared memory.
 template <class X>
@@ -63,8 +62,6 @@ bool BarrierTest(uint32_t barrier, uint32_t parity);
 void BarrierWait(uint32_t barrier, uint32_t parity);
 void CopyBox(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int c0, int c1, int c2);
 void CopyBulk(uint32_t shared, const void* global, int bytes, uint32_t barrier);
-inline void SyncWarpgroup(int) { ThisWarpgroup().Meet(); }
-inline void PrefetchL2(const void*) {}
 inline void FenceBarrierInit() {}
 inline void FenceAsyncProxy() {}
 inline void BarrierExpectOfWarp(uint32_t barrier, int bytes) {
