@@ -31,6 +31,12 @@ MANY_TILES = (2, 1100, 700, 16, 2, 64, "bfloat16", "8+8", True)
 # (recipe, mma_sync, exact_lse, what there is of masks, shape): of each kind of kernel on wgmma,
 # with intervals, a bias, a mask or segments, and both of these.
 MANY, FEW = (2, 1100, 700, 16, 2, 64), (2, 150, 300, 2, 1, 128)
+# With 256 channels; and most parts of the keys are beyond all windows, and have no codes.
+LARGE_FEW, FEW_SEEN, LARGE_FEW_SEEN = (
+    (1, 150, 300, 2, 1, 256),
+    (1, 150, 1400, 2, 1, 128),
+    (1, 150, 700, 2, 1, 256),
+)
 # Two parts of the sorted keys, which share a segment.
 PARTS, LARGE_PARTS = (2, 150, 700, 2, 1, 128), (1, 150, 700, 2, 1, 256)
 MASKED = [
@@ -47,7 +53,12 @@ MASKED = [
     ("8+8", False, True, "segments", PARTS),
     ("8+16", True, True, "segments", PARTS),
     ("8+16", False, True, "segments", LARGE_PARTS),
-    ("8+8", False, True, "mask bias", (1, 150, 300, 2, 1, 256)),
+    ("8+8", False, True, "mask bias", LARGE_FEW),
+    ("8+8", False, True, "window", FEW_SEEN),
+    ("8+16", False, True, "window", LARGE_FEW_SEEN),
+    ("8+8", False, False, "bias window", FEW),
+    ("8+8", False, True, "bias", LARGE_FEW),
+    ("8+16", False, True, "bias window", LARGE_FEW),
 ]
 
 
@@ -74,7 +85,7 @@ def run_masked(
     attention = functools.partial(
         lowering_cuda.attention,
         scale_log2=0.1,
-        band=Band(left=100) if "window" in has else Band(),
+        band=Band(left=100, right=20) if "window" in has else Band(),
         exact_lse=exact_lse,
         recipe=RECIPES[recipe],
         mma_sync=mma_sync,
