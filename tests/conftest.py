@@ -20,11 +20,10 @@ def spread_over_gpus(environ):
 spread_over_gpus(os.environ)
 
 # The kernels built for the CPU, by emulator/sources.py: tests that need a GPU run with them.
-EMULATED = os.environ.get("JAX_SAGE_EMULATED")
-if EMULATED:
+if library := os.environ.get("JAX_SAGE_EMULATED"):
     import emulator
 
-    emulator.take_the_place_of_a_gpu(EMULATED)
+    emulator.take_the_place_of_a_gpu(library)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,6 +58,7 @@ pytest.register_assert_rewrite("mask_suite", "reference", "suite")
 @pytest.fixture
 def on_gpu():
     import jax
+    from gpu_support import EMULATED
 
     from jax_sage import kernels
     from jax_sage.recipe import RECIPES

@@ -13,7 +13,7 @@ from suite import MORE_RECIPES
 from jax_sage import kernels
 from jax_sage.recipe import RECIPES
 
-# By the CPU, slowly (emulator/emulator.h): inputs are smaller then.
+# Whether the CPU runs the kernels, slowly (emulator/emulator.h): inputs are smaller then.
 EMULATED = bool(os.environ.get("JAX_SAGE_EMULATED"))
 
 # The kernel's sums and rows are alike for all of these.

@@ -46,11 +46,6 @@ inline unsigned __ballot_sync(unsigned, int x) {
 }
 inline int __any_sync(unsigned lanes, int x) { return __ballot_sync(lanes, x) != 0; }
 inline int __all_sync(unsigned lanes, int x) { return __ballot_sync(lanes, x == 0) == 0; }
-inline unsigned __reduce_min_sync(unsigned, unsigned x) {
-  const emulator::Exchange exchange(x);
-  for (int lane = 0; lane < emulator::kLanes; ++lane) x = std::min(x, exchange.Of<unsigned>(lane));
-  return x;
-}
 inline int __reduce_min_sync(unsigned, int x) {
   const emulator::Exchange exchange(x);
   for (int lane = 0; lane < emulator::kLanes; ++lane) x = std::min(x, exchange.Of<int>(lane));
@@ -75,7 +70,6 @@ X atomicAdd(X* to, X x) {
   return std::exchange(*to, *to + x);
 }
 inline int atomicMin(int* to, int x) { return std::exchange(*to, std::min(*to, x)); }
-inline int atomicMax(int* to, int x) { return std::exchange(*to, std::max(*to, x)); }
 inline void __nanosleep(unsigned) { emulator::Sleep(); }
 inline size_t __cvta_generic_to_shared(const void* pointer) {
   return static_cast<const uint8_t*>(pointer) - emulator::shared_memory;

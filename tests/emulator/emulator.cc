@@ -208,7 +208,7 @@ void StartBulkCopy(const BulkCopy& copy) {
 }
 
 void RunCta(int threads) {
-  std::memset(shared_memory, 0xa5, kSharedBytes);
+  Poison(shared_memory, kSharedBytes);
   machine.bulk_copies.clear();
   machine.sleeps = 0;
   const auto restart = [](Group& group, int living) { group = Group{living}; };

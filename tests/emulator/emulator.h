@@ -4,10 +4,11 @@
 //
 // A thread is a fiber. The fibers of a CTA run from one wait to the next, warps by turns or by
 // priorities, in a random order, and CTAs one after the other. What the hardware does
-// asynchronously is done late: a wgmma when its warpgroup waits for it, a cp.async when its thread
-// does; a bulk copy at once, at random times or when nothing else can be done, as each CTA has it.
-// So most waits that are missing give wrong results here too. Deadlocks and shared memory out of
-// bounds are errors of the launch.
+// asynchronously is done at different times: a wgmma when its warpgroup waits for it, a cp.async at
+// once or when its thread waits for it, a bulk copy at once, at random times or when nothing else
+// can be done, as each CTA has it. So most waits that are missing give wrong results here too.
+// Deadlocks, and PTX's accesses beyond the dynamic shared memory, are errors of the launch. That is
+// poisoned before each CTA; shared variables of a fixed size are not.
 //
 // sources.py makes of each function that is written in PTX a call of its namesake in this
 // namespace.

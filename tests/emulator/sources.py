@@ -31,25 +31,28 @@ _FUNCTION = re.compile(
 def _names(declarations: str) -> list[str]:
     """Of parameters: the last name in each, or that of a reference to an array."""
     parts = re.split(r",(?![^()]*\))", declarations)
-    return [re.search(r"\(&(\w+)\)|(\w+)$", part.strip()).group(1, 2) for part in parts if part]
+    found = [re.search(r"\(&(\w+)\)|(\w+)$", part.strip()) for part in parts if part]
+    return [name[1] or name[2] for name in found]
 
 
 def _forward(function: re.Match) -> str:
     """Calls the emulator's function in place of PTX."""
     if "asm" not in (function["body"] or function["line"] or ""):
         return function[0]
-    arguments = [a or b for a, b in _names(function["params"])]
-    explicit = ""
-    if function["template"]:
-        explicit = "<" + ", ".join(a or b for a, b in _names(function["template"])) + ">"
-    call = f"emulator::{function['name']}{explicit}({', '.join(arguments)})"
+    explicit = f"<{', '.join(_names(function['template']))}>" if function["template"] else ""
+    arguments = ", ".join(_names(function["params"]))
+    call = f"emulator::{function['name']}{explicit}({arguments})"
     return f"{function['head']}\n  return {call};\n}}\n"
 
 
-def translate(source: str) -> str:
+def translate(path: Path) -> str:
+    source = path.read_text()
     source = re.sub(r'asm volatile\(\s*""[^;]*;', ";", source)  # says something to the compiler
     source = _FUNCTION.sub(_forward, source)
-    assert "asm" not in re.sub(r"//.*", "", source), "PTX outside of a function of its own"
+    if "asm" in re.sub(r"//.*", "", source):
+        sys.exit(
+            f"{path} has PTX outside of a function of its own, as those of cuda/common/ptx.cuh"
+        )
     source = re.sub(
         r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];",
         r"\1* \2 = reinterpret_cast<\1*>(emulator::shared_memory);",
@@ -86,7 +89,10 @@ def toolkit_headers(nvcc: str) -> list[str]:
     """The folders that nvcc takes its headers from."""
     command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
     text = subprocess.run(command, capture_output=True, text=True).stderr
-    return re.findall(r'^#\$ (?:SYSTEM_)?INCLUDES=.*?((?:/)[^"\s]+)', text, re.MULTILINE)
+    folders = re.findall(r'^#\$ (?:SYSTEM_)?INCLUDES=.*?(/[^"\s]+)', text, re.MULTILINE)
+    if not folders:
+        sys.exit(f"`{' '.join(command)}` names no folder of headers")
+    return folders
 
 
 def build(library: Path, headers: list[str]) -> None:
@@ -114,7 +120,7 @@ def build(library: Path, headers: list[str]) -> None:
             if path.suffix in (".cu", ".cuh", ".h", ".cc"):
                 to = sources / path.relative_to(CUDA)
                 to.parent.mkdir(exist_ok=True)
-                source = translate(path.read_text())
+                source = translate(path)
                 to.write_text(poison_results(source) if path.name == "ffi.cc" else source)
         files = [*sources.rglob("*.cu"), sources / "ffi.cc", sources / "checks.cc"]
         (sources / "emulator.cc").write_text((HERE / "emulator.cc").read_text())
