@@ -72,8 +72,7 @@ def attention(
         _call_attention,
         length_kv=np.int64(key.shape[-3]),
         is_causal=np.int64(plain and band == CAUSAL),
-        # By its position alone, does each query see about as many keys?
-        alike=np.int64(band.right is None or band.left is not None),
+        alike=np.int64(_alike(band, key.shape[-3])),
         exact_lse=np.int64(exact_lse),
         pv_accumulator=np.int64({"fp16": 16, "fp32": 32}[recipe.pv_accumulator]),
         mma_sync=np.int64(mma_sync),
@@ -86,6 +85,18 @@ def attention(
             run, query, key, value, masks, scale_log2=scale_log2, band=band, recipe=recipe
         )
     return out if value_dim == head_dim else out[..., :value_dim], lse
+
+
+def _alike(band: Band, length_kv: int) -> bool:
+    """By its position alone, does each query see about as many keys?
+
+    A limit on one side makes a ramp of them, and so does a wide window that is cut off at one end.
+    """
+    if band.left is None and band.right is None:
+        return True
+    if band.left is None or band.right is None:
+        return False
+    return 8 * (band.left + band.right + 1) <= length_kv
 
 
 _MASK_KINDS = ("masked", "mask", "segments", "bias")

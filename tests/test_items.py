@@ -60,7 +60,7 @@ double Busiest(int64_t heads, int64_t length, int consumers, unsigned sms) {
 int main() {
   for (int64_t heads : {1, 2, 3, 16, 131, 132, 133, 264}) {
     for (int64_t length : {1, 63, 64, 65, 128, 129, 500, 1024, 2049, 4096, 10000}) {
-      for (int consumers : {2, 3, 4}) {
+      for (int consumers : {2, 3, 4, 5}) {
         for (unsigned sms : {1u, 7u, 132u}) {
           for (bool alike : {false, true}) {
             if (!Check(heads, length, consumers, sms, alike)) {

@@ -267,7 +267,8 @@ def test_masks_are_lowered_to_kernels(name):
         assert attribute(attention, part) == (str(int(name == part)), "i64")
     assert ("jax_sage_pack_mask" in calls) == (name == "mask")
     assert ("jax_sage_seen_keys" in calls) == (name == "mask")  # of one row XLA makes it
-    assert attribute(attention, "alike") == (str(int(name != "alignment")), "i64")
+    alike = name not in ("alignment", "window")  # a window of a fifth of the keys, cut off at ends
+    assert attribute(attention, "alike") == (str(int(alike)), "i64")
     quantize = calls["jax_sage_quantize"]
     # The others' queries see all keys between them.
     seen = name in ("mask", "bias", "lengths", "segments")
@@ -677,6 +678,25 @@ def test_masks_may_have_ones():
     args[-1] = (dtype, [*dims[:3], 2])  # two columns stand for all keys
     assert complaint("attention", args, results, attrs) is None
     assert "bias is F16" in complaint("attention", [*args[:-1], (dtype, [1] * 4)], results, attrs)
+
+
+@needs_module
+@pytest.mark.parametrize(
+    ("options", "alike"),
+    [
+        ({}, True),
+        ({"is_causal": True}, False),
+        ({"local_window_size": (30, 30)}, True),
+        ({"local_window_size": (200, 30)}, False),  # cut off at one end for many
+        ({"is_causal": True, "local_window_size": 20}, True),
+        ({"is_causal": True, "local_window_size": 300}, False),
+        ({"query_seq_lengths": np.array([7])}, True),
+    ],
+    ids=str,
+)
+def test_whether_queries_see_about_as_many_keys_each(options, alike):
+    calls = custom_calls(lower((1, 600, 2, 64), **options))
+    assert attribute(calls["jax_sage_attention"], "alike") == (str(int(alike)), "i64")
 
 
 @needs_module

@@ -116,14 +116,15 @@ def test_kernels_on_wgmma_keep_to_registers_and_stay_asynchronous(source, tmp_pa
     assert used
     for name, memory in used.items():
         # The producer plans with a mask or segments, and may have a few registers too few;
-        # consumers not in their loop, but where a bias is with FP32 sums.
+        # consumers not in their loop, but where a bias is with FP32 sums. Five consumers keep a
+        # value there at the end of an item.
         biased = "MaskingE1" in name or "MaskingE3" in name
         masked = "MaskingE0" not in name
         biased_fp16 = biased and "PvFp16" in name
         if biased_fp16 and "ILi256E" in name:
             assert sum(memory) <= 160, name
             continue
-        assert sum(memory) <= (48 if masked else 0), name
+        assert sum(memory) <= (48 if masked else 8), name
         instructions = parse(functions[name])
         # A CTA may start before the quantization has ended: it reads nothing before it has waited.
         first = [x[1] for x in instructions].index("ACQBULK")

@@ -51,16 +51,6 @@ __device__ __forceinline__ Position FindPosition(const AttentionParams& params, 
   return {static_cast<int>(q_index) * kQueries, head, head / group};
 }
 
-// Tiles of keys that `rows` queries from `first_row` on see.
-template <int kTile>
-__device__ __forceinline__ int CountTiles(const AttentionParams& params, int first_row, int rows) {
-  if (first_row >= params.length_q) return 0;
-  const int tiles = (params.length_kv + kTile - 1) / kTile;
-  if (!params.is_causal) return tiles;
-  const int last_row = min(first_row + rows, params.length_q) - 1;
-  return min(tiles, last_row / kTile + 1);
-}
-
 template <class Out>
 __device__ __forceinline__ Out Convert(float x) {
   if constexpr (sizeof(Out) == 4) {

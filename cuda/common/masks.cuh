@@ -103,7 +103,7 @@ __device__ __forceinline__ int SegmentOf(const MaskParams& masks, int batch, int
 
 // What a thread's two rows see of its columns 8n + e, e < 2, of a tile.
 struct Everything {
-  static constexpr bool kMasked = false, kBits = false;
+  static constexpr bool kMasked = false;
   __device__ __forceinline__ bool operator()(int, int) const { return true; }
   __device__ __forceinline__ Everything Opaque(int) const { return {}; }
   // Keys of the row, in columns kFrom to kTo - 1.
@@ -112,24 +112,9 @@ struct Everything {
     return kTo - kFrom;
   }
 };
-struct KeysBelow {
-  static constexpr bool kMasked = true, kBits = false;
-  int end[2];
-  __device__ __forceinline__ bool operator()(int half, int column) const {
-    return column < end[half];
-  }
-  __device__ __forceinline__ KeysBelow Opaque(int zero) const {
-    return {{end[0] + zero, end[1] + zero}};
-  }
-  template <int kFrom, int kTo>
-  __device__ __forceinline__ int Count(int half) const {
-    const int all = end[half] + 2 * static_cast<int>(threadIdx.x & 3);
-    return ::max(::min(all, kTo) - kFrom, 0);
-  }
-};
 template <int kKeys>
 struct SeenKeys {
-  static constexpr bool kMasked = true, kBits = true;
+  static constexpr bool kMasked = true;
   uint32_t bits[2];  // BitOfColumn, and anything for columns past the last
   __device__ __forceinline__ bool operator()(int half, int column) const {
     return (bits[half] >> BitOfColumn(column) & 1) != 0;

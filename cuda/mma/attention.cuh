@@ -142,6 +142,23 @@ __device__ __forceinline__ void LoadTile(uint32_t shared, const uint8_t* global,
   }
 }
 
+// Tiles of keys that the queries of a CTA, from `first_row` on, see; without masks.
+__device__ __forceinline__ int CountTiles(const AttentionParams& params, int first_row) {
+  const int tiles = (params.length_kv + kBlockKv - 1) / kBlockKv;
+  if (!params.is_causal) return tiles;
+  const int last_row = min(first_row + kBlockQ, params.length_q) - 1;
+  return min(tiles, last_row / kBlockKv + 1);
+}
+
+// As SeenKeys: what a thread's two rows see at a causal diagonal, or of a last tile.
+struct KeysBelow {
+  static constexpr bool kMasked = true;
+  int end[2];
+  __device__ __forceinline__ bool operator()(int half, int column) const {
+    return column < end[half];
+  }
+};
+
 // Turns the scores of one 16 x 64 tile into P (returned in p) and updates the rows' state.
 // Rows are lane / 4 (half 0) and lane / 4 + 8 (half 1).
 struct RowState {
@@ -256,7 +273,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
   const int warp_row = position.first_row + warp * 16 * T::kTilesM;
 
   // The tiles that queries of this CTA may see: [first_tile, tiles), with masks not all of them.
-  int tiles = CountTiles<kBlockKv>(params, position.first_row, kBlockQ), first_tile = 0;
+  int tiles = CountTiles(params, position.first_row), first_tile = 0;
   const int first_group = position.first_row / kMaskRows;
   const int groups = min(kBlockQ, params.length_q - position.first_row + kMaskRows - 1) / kMaskRows;
   const auto batch = [&] { return static_cast<int>(position.head) / params.heads; };

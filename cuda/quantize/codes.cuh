@@ -268,9 +268,9 @@ __device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params, co
 }
 
 template <int kHeadDim>
-__device__ __forceinline__ void StoreZeros(void* to, int bytes) {
+__device__ __forceinline__ void StoreZeros(void* to, int64_t bytes) {
 #pragma unroll 1
-  for (int i = threadIdx.x; i < bytes / 16; i += kThreads<kHeadDim>) {
+  for (int64_t i = threadIdx.x; i < bytes / 16; i += kThreads<kHeadDim>) {
     static_cast<uint4*>(to)[i] = make_uint4(0, 0, 0, 0);
   }
 }
@@ -280,7 +280,7 @@ template <int kHeadDim>
 __device__ __forceinline__ void ZeroKeyCodes(const QuantizeParams& params, int head, int first,
                                              int count) {
   const int64_t index = head * static_cast<int64_t>(params.padded_kv) + first;
-  StoreZeros<kHeadDim>(params.k + index * kHeadDim, count * kHeadDim);
+  StoreZeros<kHeadDim>(params.k + index * kHeadDim, int64_t{count} * kHeadDim);
   for (int i = threadIdx.x; i < count / kBlockKv * kKeyScales; i += kThreads<kHeadDim>) {
     params.k_scale[index / kBlockKv * kKeyScales + i] = kAbsmaxFloor * (1.0f / kInt8Max);
   }

@@ -246,7 +246,7 @@ __device__ __forceinline__ void ZeroValueCodes(const QuantizeParams& params, int
   const int64_t index = head * static_cast<int64_t>(params.padded_kv);
   if (!params.fp8_value) {
     StoreZeros<kHeadDim>(static_cast<__half*>(params.v) + (index + first) * kHeadDim,
-                         count * (kHeadDim * static_cast<int>(sizeof(__half))));
+                         int64_t{count} * kHeadDim * static_cast<int>(sizeof(__half)));
     return;
   }
   uint8_t* out = static_cast<uint8_t*>(params.v) + index * kHeadDim + first;

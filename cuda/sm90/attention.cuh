@@ -6,8 +6,9 @@
 // waits for the matrix unit or for its exponentials, the others use what it leaves. A producer warp
 // loads K and V by TMA, running ahead into the next item.
 //
-// With masks the producer warp finds the tiles that any of the queries may see, loads these alone,
-// and says with each what each warpgroup sees of it. A bias is loaded by the consumer warps.
+// With a mask or segments the producer warp finds the tiles that any of the queries may see, loads
+// these alone, and says with each what each warpgroup sees of it. A bias is loaded by the consumer
+// warps.
 #pragma once
 
 #include "common/epilogue.cuh"
@@ -127,7 +128,11 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       return ptx::LoadSharedAs<int2>(shared + T::kIntervals + warpgroup * T::kIntervalBytes +
                                      (16 * warp + lane / 4 + 8 * half) * 8);
     };
-    const auto row = [&] { return group_row + 16 * warp + lane / 4; };
+    const auto row = [&] {
+      // Of five warpgroups each has a register less than it needs to keep this.
+      const int first = T::kConsumers == 5 ? ptx::LoadSharedAs<int>(rows + T::kRowAt) : group_row;
+      return first + 16 * warp + lane / 4;
+    };
     const auto batch = [&] { return ptx::LoadSharedAs<int>(rows + T::kBatchAt); };
     [[maybe_unused]] const auto head = [&] { return ptx::LoadSharedAs<int>(rows + T::kHeadAt); };
     [[maybe_unused]] int bias_row = 0;
@@ -224,12 +229,12 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
         }
       };
       const auto item_first = [&] { return ptx::LoadSharedAs<int>(rows + T::kItemAt); };
+      const auto bounds = [&] {
+        return params.masks.rows != nullptr ? ptx::LoadSharedAs<int4>(rows + T::kBoundsAt)
+                                            : BoundsOf(params, group_row, kRows);
+      };
       Extent mine{};
-      if (group_row < params.length_q) {
-        mine = ExtentOf<T::kTile>(params.masks.rows != nullptr
-                                      ? ptx::LoadSharedAs<int4>(rows + T::kBoundsAt)
-                                      : BoundsOf(params, group_row, kRows));
-      }
+      if (group_row < params.length_q) mine = ExtentOf<T::kTile>(bounds());
       my_tiles = mine.end - mine.first;
       if (my_tiles == 0) mine.first = mine.end = item_first();
       pass(mine.first - item_first());
@@ -258,7 +263,9 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
             if (params.masks.rows != nullptr) interval = interval_of(half);
             seen.bits[half] = ColumnsOf<T::kTile>(interval, tile * T::kTile + 2 * (lane & 3));
           }
-          scores.Softmax(blocks, p, sums, count == 0, seen, T::kTile, opaque_zero);
+          int keys = T::kTile;  // of the tile that any of the rows may see
+          if constexpr (T::kBlocks > 1) keys = bounds().y - tile * T::kTile;
+          scores.Softmax(blocks, p, sums, count == 0, seen, keys, opaque_zero);
         };
         compute(count, count + 1 == my_tiles, softmax, [&] {
           ring.Next();

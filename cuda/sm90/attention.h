@@ -26,7 +26,7 @@ cudaError_t Encode(CUtensorMap* map, const Tensor& tensor);
 cudaError_t LaunchAttentionFp8(const AttentionParams& params, cudaStream_t stream);
 // FP16 PV with FP32 sums.
 cudaError_t LaunchAttentionFp16(const AttentionParams& params, cudaStream_t stream);
-// The same with masks.
+// The same with a mask, segments or a bias.
 cudaError_t LaunchMaskedFp8(const AttentionParams& params, cudaStream_t stream);
 cudaError_t LaunchMaskedFp16(const AttentionParams& params, cudaStream_t stream);
 

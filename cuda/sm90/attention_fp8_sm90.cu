@@ -35,23 +35,22 @@ cudaError_t Encode(CUtensorMap* map, const Tensor& tensor) {
   return encoded == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// Four warpgroups with tiles of 64 keys, or three with tiles of 128: with 64 channels more than so
-// many keys. Under a load that lasts the four do more for the same power, and are faster in the
-// beginning and the end of an item; with 64 channels what they do for each tile weighs more.
-constexpr int kShort = 4096;
-
 // The output does not depend on whether lse is asked for: both run the same tiles.
-template <class Pv>
+template <class Pv, int kMost = 4>
 static cudaError_t LaunchPv(const AttentionParams& params, cudaStream_t stream) {
-  return params.exact_lse ? Launch<Traits<Pv, true>>(params, stream)
-                          : Launch<Traits<Pv, false>>(params, stream);
+  return params.exact_lse ? Launch<Traits<Pv, true, Masking::kPlain, kMost>>(params, stream)
+                          : Launch<Traits<Pv, false, Masking::kPlain, kMost>>(params, stream);
 }
+
+// With 64 channels there are registers for five warpgroups. Up to so many keys four are as fast:
+// items of five times 64 queries are few then.
+constexpr int kShort = 1024;
 
 cudaError_t LaunchAttentionFp8(const AttentionParams& params, cudaStream_t stream) {
   if (params.padded_head_dim == 256) return LaunchPv<PvFp8<256, 64>>(params, stream);
   if (params.padded_head_dim == 128) return LaunchPv<PvFp8<128, 64>>(params, stream);
   return params.length_kv <= kShort ? LaunchPv<PvFp8<64, 64>>(params, stream)
-                                    : LaunchPv<PvFp8<64, 128>>(params, stream);
+                                    : LaunchPv<PvFp8<64, 64>, 5>(params, stream);
 }
 
 }  // namespace jax_sage::sm90

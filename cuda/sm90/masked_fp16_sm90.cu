@@ -1,4 +1,4 @@
-// FP16 PV with FP32 sums, with masks.
+// FP16 PV with FP32 sums, with a mask, segments or a bias.
 #include "sm90/attention.cuh"
 
 namespace jax_sage::sm90 {

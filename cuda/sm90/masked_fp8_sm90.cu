@@ -1,4 +1,4 @@
-// E4M3 PV with FP16 partial sums, with masks.
+// E4M3 PV with FP16 partial sums, with a mask, segments or a bias.
 #include "sm90/attention.cuh"
 
 namespace jax_sage::sm90 {

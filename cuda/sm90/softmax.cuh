@@ -144,22 +144,19 @@ struct Scores {
           if constexpr (T::kBiased) shift = fmaf(bias[block][4 * n + e], kLog2E, shift);
           x[i][e] = ptx::Exp2(fmaf(static_cast<float>(s[block][4 * n + e]), scale[half], shift));
           const bool is_seen = seen(half, kBlockKv * block + 8 * n + e % 2);
-          if constexpr (!Seen::kBits) {
-            if (!is_seen) x[i][e] = 0;
-          }
           if constexpr (T::kBiased && kAgain) {
             // Not NaN where a row has no maximum, or its query is NaN: it does not see this key.
             // All such rows come here.
             if (bias[block][4 * n + e] * kLog2E <= kHidingBias) x[i][e] = 0;
           }
           if constexpr (T::kExactSum || !Pv::kSumsRows) {
-            if (!Seen::kBits || is_seen) tile_sum[half] += x[i][e];
+            if (is_seen) tile_sum[half] += x[i][e];
           }
         }
       }
       Pv::Pack(p, pair, x);
       // Bits mask packed codes: a few instructions for a register of them.
-      if constexpr (Seen::kBits) {
+      if constexpr (Seen::kMasked) {
         const int i = kBlockKv / 16 * block + pair;
         Pv::Hide(p, pair, seen.bits[0] << i, seen.bits[1] << i);
       }
@@ -202,11 +199,11 @@ struct Scores {
           for (int e = 0; e < 2; ++e) {
             const int column = kBlockKv * block + 8 * n + e;
             const int32_t x = s[block][4 * n + 2 * half + e];
-            if constexpr (Seen::kBits) {
+            if constexpr (Seen::kMasked) {
               const int32_t is_seen = seen.Spread(half, column);
               best = ::max(best, (x & is_seen) | (INT32_MIN & ~is_seen));
               block_total += x & is_seen;
-            } else if (seen(half, column)) {
+            } else {
               best = ::max(best, x);
               block_total += x;
             }

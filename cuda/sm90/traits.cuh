@@ -16,8 +16,8 @@ constexpr int kRows = 64;  // queries of a warpgroup
 constexpr int kSharedLimit = 227 * 1024;
 static_assert(kRows == kMaskRows);
 
-// kExactSum: P is summed before it is rounded too, for lse.
-template <class Pv_, bool kExactSum_, Masking kMasking = Masking::kPlain>
+// kExactSum: P is summed before it is rounded too, for lse. kMost: consumers, where there is room.
+template <class Pv_, bool kExactSum_, Masking kMasking = Masking::kPlain, int kMost = 4>
 struct Traits {
   using Pv = Pv_;
   static constexpr bool kExactSum = kExactSum_;
@@ -28,20 +28,22 @@ struct Traits {
       kMasking == Masking::kPlainBiased || kMasking == Masking::kMaskedBiased;
   static constexpr int kHeadDim = Pv::kHeadDim;
   // Warpgroups. FP32 sums in registers leave none for a bias, or the scores of 128 keys, beside two
-  // others; with those of 64 keys and FP16 sums there is room for four.
+  // others; with those of 64 keys and FP16 sums there is room for four, or at 64 channels for five.
   static constexpr bool kIsLarge = !Pv::kSumsRows && kHeadDim > 64 && (kBiased || Pv::kTile > 64);
   static constexpr bool kIsSmall = Pv::kSumsRows && Pv::kTile == 64 && !kMasked && !kBiased;
-  static constexpr int kConsumers = kHeadDim > 128 || kIsLarge ? 2 : kIsSmall ? 4 : 3;
+  static constexpr int kConsumers = kHeadDim > 128 || kIsLarge ? 2 : kIsSmall ? kMost : 3;
   // Channels of the output that are finished at once.
-  static constexpr int kTurn = kHeadDim == 64 || kConsumers == 4 ? 64 : 128;
+  static constexpr int kTurn = kHeadDim == 64 || kConsumers > 3 ? 64 : 128;
   static_assert(kHeadDim <= 2 * kTurn);
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // With masks the producer plans, and a bias is more to find. Where the consumers need all that
   // there is, it has 32 registers all the same, and spills some.
   static constexpr bool kFullConsumers =
       !kBiased && (!kMasked || (Pv::kSumsRows && (kExactSum || Pv::kHeadDim > 64)));
-  static constexpr int kProducerRegisters = kConsumers >= 3 && kFullConsumers ? 32 : 56;
+  static constexpr int kProducerRegisters =
+      kConsumers == 5 ? 40 : kConsumers >= 3 && kFullConsumers ? 32 : 56;
   static constexpr int kConsumerRegisters = kConsumers == 2   ? 224
+                                            : kConsumers == 5 ? 88
                                             : kConsumers == 4 ? 112
                                             : kFullConsumers  ? 160
                                                               : 152;
