@@ -114,7 +114,7 @@ struct Arrays {
     a.length_q = p.length_q, a.length_kv = p.length_kv, a.per_key = 1.0f / shape.length;
     a.padded_q = p.padded_q, a.padded_kv = p.padded_kv;
     a.head_dim = a.padded_head_dim = shape.head_dim;
-    a.is_causal = shape.causal, a.alike = !shape.causal, a.exact_lse = false,
+    a.is_causal = shape.causal, a.alike = !shape.causal, a.with_lse = false,
     a.out_type = DType::kBf16;
   }
   void Quantize() { Check(LaunchQuantize(quantize, nullptr)); }

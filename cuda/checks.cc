@@ -309,7 +309,7 @@ std::string CheckAttention(const std::vector<Buffer>& args, const std::vector<Bu
   check.Require(!(check.Flag(attrs, "is_causal") && kinds.masked),
                 "attribute is_causal is not for masked calls: rows say what is seen");
   check.Flag(attrs, "alike");
-  check.Flag(attrs, "exact_lse");
+  check.Flag(attrs, "with_lse");
   const double accumulator = check.Attribute(attrs, "pv_accumulator");
   check.Require(accumulator == 16 || accumulator == 32,
                 "attribute pv_accumulator must be 16 or 32");

@@ -294,7 +294,7 @@ ffi::Error LaunchAttention(const AttentionParams& params, bool fp8_value, bool f
 
 ffi::Error AttentionImpl(cudaStream_t stream, ffi::RemainingArgs args,
                          ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse,
-                         int64_t length_kv, int64_t is_causal, int64_t alike, int64_t exact_lse,
+                         int64_t length_kv, int64_t is_causal, int64_t alike, int64_t with_lse,
                          int64_t pv_accumulator, int64_t mma_sync, int64_t masked, int64_t mask,
                          int64_t segments, int64_t bias) {
   std::vector<ffi::AnyBuffer> in;
@@ -306,7 +306,7 @@ ffi::Error AttentionImpl(cudaStream_t stream, ffi::RemainingArgs args,
                      {{"length_kv", static_cast<double>(length_kv)},
                       {"is_causal", static_cast<double>(is_causal)},
                       {"alike", static_cast<double>(alike)},
-                      {"exact_lse", static_cast<double>(exact_lse)},
+                      {"with_lse", static_cast<double>(with_lse)},
                       {"pv_accumulator", static_cast<double>(pv_accumulator)},
                       {"mma_sync", static_cast<double>(mma_sync)},
                       {"masked", static_cast<double>(masked)},
@@ -345,7 +345,7 @@ ffi::Error AttentionImpl(cudaStream_t stream, ffi::RemainingArgs args,
   params.padded_head_dim = static_cast<int>(sizes.padded_head_dim);
   params.is_causal = is_causal != 0;
   params.alike = alike != 0;
-  params.exact_lse = exact_lse != 0;
+  params.with_lse = with_lse != 0;
   params.out_type = InputType(*out);
   MarkParams mark{};
   if (masked != 0) ReadMasks(in, sizes.kinds, params, mark);
@@ -465,7 +465,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageAttention, jax_sage::AttentionImpl,
                                   .Attr<int64_t>("length_kv")
                                   .Attr<int64_t>("is_causal")
                                   .Attr<int64_t>("alike")
-                                  .Attr<int64_t>("exact_lse")
+                                  .Attr<int64_t>("with_lse")
                                   .Attr<int64_t>("pv_accumulator")
                                   // 1: the kernel of cuda/mma even where there is a faster one.
                                   .Attr<int64_t>("mma_sync")

@@ -82,7 +82,7 @@ def prepare(
         "given": masks.given(),
         "band": band,
         "scale_log2": scale * math.log2(math.e),
-        "exact_lse": bool(return_residual),
+        "with_lse": bool(return_residual),
         "recipe": chosen,
     }
 

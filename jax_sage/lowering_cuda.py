@@ -38,7 +38,7 @@ def attention(
     *,
     scale_log2: float,
     band: Band,
-    exact_lse: bool,
+    with_lse: bool,
     recipe: Recipe,
     mma_sync: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -73,7 +73,7 @@ def attention(
         length_kv=np.int64(key.shape[-3]),
         is_causal=np.int64(plain and band == CAUSAL),
         alike=np.int64(_alike(band, key.shape[-3])),
-        exact_lse=np.int64(exact_lse),
+        with_lse=np.int64(with_lse),
         pv_accumulator=np.int64({"fp16": 16, "fp32": 32}[recipe.pv_accumulator]),
         mma_sync=np.int64(mma_sync),
     )

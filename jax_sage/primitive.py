@@ -1,10 +1,10 @@
 """The primitive ``sage_attention``: abstract evaluation, batching, differentiation, lowering.
 
-``attention_p.bind(q, k, v, *masks, given=, band=, scale_log2=, exact_lse=, recipe=)`` gives (out,
+``attention_p.bind(q, k, v, *masks, given=, band=, scale_log2=, with_lse=, recipe=)`` gives (out,
 lse), with the layouts of :func:`jax_sage.attention`. ``given`` names the arrays of
 :class:`jax_sage.masking.Masks` that ``masks`` holds, each with as many batch dimensions as query.
-``scale_log2`` is the softmax scale times log2(e). Without ``exact_lse`` a kernel may take lse from
-the sum of the rounded P, which saves a pass over P.
+``scale_log2`` is the softmax scale times log2(e). Without ``with_lse`` a kernel leaves lse as
+it is, nothing in particular.
 """
 
 import functools
@@ -49,10 +49,10 @@ def _abstract_eval(
     given: tuple[str, ...],
     band: Band,
     scale_log2: float,
-    exact_lse: bool,
+    with_lse: bool,
     recipe: Recipe,
 ) -> tuple[jax.core.ShapedArray, jax.core.ShapedArray]:
-    del key, masks, given, band, scale_log2, exact_lse, recipe
+    del key, masks, given, band, scale_log2, with_lse, recipe
     rows = query.shape[:-1]
     return query.update(shape=(*rows, value.shape[-1]), weak_type=False), query.update(
         shape=rows, dtype=jnp.dtype(jnp.float32), weak_type=False
@@ -128,8 +128,8 @@ def _guarded(function: Callable[..., Sequence[jax.Array]]) -> Callable[..., Sequ
     return run
 
 
-def _portable(*operands: Any, exact_lse: bool, **params: Any) -> Sequence[jax.Array]:
-    del exact_lse  # always
+def _portable(*operands: Any, with_lse: bool, **params: Any) -> Sequence[jax.Array]:
+    del with_lse  # always
     return portable.attention(*operands, **params)
 
 

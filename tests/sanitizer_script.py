@@ -28,7 +28,7 @@ LARGE = [
 # More items than any GPU has SMs (on Hopper 160 of 256 queries), more tiles of keys than stages: a
 # persistent kernel goes round. Those on mma.sync are not persistent.
 MANY_TILES = (2, 1100, 700, 16, 2, 64, "bfloat16", "8+8", True)
-# (recipe, mma_sync, exact_lse, what there is of masks, shape): of each kind of kernel on wgmma,
+# (recipe, mma_sync, with_lse, what there is of masks, shape): of each kind of kernel on wgmma,
 # with intervals, a bias, a mask or segments, and both of these.
 MANY, FEW = (2, 1100, 700, 16, 2, 64), (2, 150, 300, 2, 1, 128)
 # With 256 channels; and most parts of the keys are beyond all windows, and have no codes.
@@ -63,7 +63,7 @@ MASKED = [
 
 
 def run_masked(
-    recipe: str, mma_sync: bool, exact_lse: bool, kinds: str, shape: tuple[int, ...]
+    recipe: str, mma_sync: bool, with_lse: bool, kinds: str, shape: tuple[int, ...]
 ) -> None:
     batch, length_q, length_kv, heads, kv_heads, head_dim = shape
 
@@ -86,7 +86,7 @@ def run_masked(
         lowering_cuda.attention,
         scale_log2=0.1,
         band=Band(left=100, right=20) if "window" in has else Band(),
-        exact_lse=exact_lse,
+        with_lse=with_lse,
         recipe=RECIPES[recipe],
         mma_sync=mma_sync,
     )
@@ -111,7 +111,7 @@ def run(
         lowering_cuda.attention,
         scale_log2=0.1,
         band=Band(right=0) if is_causal else Band(),
-        exact_lse=False,
+        with_lse=False,
         recipe=RECIPES[recipe],
         mma_sync=mma_sync,
     )

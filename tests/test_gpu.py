@@ -93,7 +93,7 @@ def assert_near_portable(q, k, v, *, recipe, is_causal=False, mma_sync=False):
     compared with quantization's 3e-2.
     """
     params = {"scale_log2": scale_log2(q), "band": band(is_causal), "recipe": resolve(recipe)}
-    run = jitted(lowering_cuda.attention, **params, exact_lse=True, mma_sync=mma_sync)
+    run = jitted(lowering_cuda.attention, **params, with_lse=True, mma_sync=mma_sync)
     out, lse = (np.asarray(x) for x in run(q, k, v))
     run = jitted(portable.attention, **params)
     other, other_lse = (np.asarray(x) for x in on_cpu(run, q, k, v))
@@ -138,7 +138,7 @@ def test_not_finite_is_as_in_portable(is_causal, mma_sync):
     q, k, v = inputs("normal", (2, 130, 4, 64), (2, 200, 2, 64))
     q[0, 67, 2, 5], k[1, 90, 1, 5], v[0, 100, 0, 7] = np.nan, np.inf, -np.inf
     params = {"scale_log2": scale_log2(q), "band": band(is_causal), "recipe": RECIPES["8+8"]}
-    run = jitted(lowering_cuda.attention, **params, exact_lse=True, mma_sync=mma_sync)
+    run = jitted(lowering_cuda.attention, **params, with_lse=True, mma_sync=mma_sync)
     expected = on_cpu(jitted(portable.attention, **params), q, k, v)
     for x, y in zip(run(q, k, v), expected, strict=True):
         assert np.isnan(y).any()
@@ -331,7 +331,7 @@ def test_random_masks(part):
         def run(q, k, v, given, static=static, recipe=recipe, mma_sync=mma_sync):
             operands, params = prepare(q, k, v, **given, **static, recipe=recipe)
             masks = Masks(**dict(zip(params.pop("given"), operands[3:], strict=True)))
-            params["exact_lse"] = True
+            params["with_lse"] = True
             return lowering_cuda.attention(q, k, v, masks, **params, mma_sync=mma_sync)
 
         for seed in range(8):

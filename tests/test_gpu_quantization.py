@@ -409,7 +409,7 @@ def test_segments_in_the_outputs(recipe, name, mma_sync):
     v += 2 * (ids[1] % 3)[:, :, None, None].astype(v.dtype)  # offsets that differ
     masks = Masks(query_segment_ids=ids[0], key_value_segment_ids=ids[1])
     params = {"scale_log2": scale_log2(q), "band": Band(), "recipe": RECIPES[recipe]}
-    run = jitted(lowering_cuda.attention, **params, exact_lse=True, mma_sync=mma_sync)
+    run = jitted(lowering_cuda.attention, **params, with_lse=True, mma_sync=mma_sync)
     out, lse = (np.asarray(x) for x in run(q, k, v, masks))
     other, other_lse = (
         np.asarray(x) for x in on_cpu(jitted(portable.attention, **params), q, k, v, masks)

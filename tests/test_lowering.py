@@ -109,7 +109,7 @@ def test_attributes(recipe, is_causal):  # fmt: skip
     assert attribute(attention, "length_kv") == ("300", "i64")
     assert attribute(attention, "is_causal") == (str(int(is_causal)), "i64")
     assert attribute(attention, "alike") == (str(int(not is_causal)), "i64")
-    assert attribute(attention, "exact_lse") == ("1", "i64")
+    assert attribute(attention, "with_lse") == ("1", "i64")
     assert attribute(attention, "pv_accumulator") == (recipe.pv_accumulator[2:], "i64")
     assert attribute(attention, "mma_sync") == ("0", "i64")
 
@@ -123,7 +123,7 @@ def test_the_lowering_can_ask_for_mma_sync(recipe):
         lowering_cuda.attention,
         scale_log2=0.2,
         band=Band(),
-        exact_lse=True,
+        with_lse=True,
         recipe=RECIPES[recipe],
         mma_sync=True,
     )
@@ -134,7 +134,7 @@ def test_the_lowering_can_ask_for_mma_sync(recipe):
 @needs_module
 def test_lse_need_not_be_exact_where_it_is_not_asked_for():
     call = custom_calls(lower((2, 300, 4, 64), return_residual=False))["jax_sage_attention"]
-    assert attribute(call, "exact_lse") == ("0", "i64")
+    assert attribute(call, "with_lse") == ("0", "i64")
 
 
 @needs_module
@@ -472,7 +472,7 @@ def right_call(which, recipe="8+8", query=(2, 300, 4, 80), key=(2, 1100, 2, 80))
         "length_kv": float(key[-3]),
         "is_causal": 1.0,
         "alike": 0.0,
-        "exact_lse": 0.0,
+        "with_lse": 0.0,
         "pv_accumulator": 16.0,
         "mma_sync": 0.0,
         **dict.fromkeys(("masked", "mask", "segments", "bias"), 0.0),
@@ -631,7 +631,7 @@ def test_wrong_dtypes_are_named(which, recipe):
         ("attention with masks", "bias", [2, -1]),
         ("attention", "is_causal", [2, -1, math.nan]),
         ("attention", "alike", [2, -1, math.nan]),
-        ("attention", "exact_lse", [2, -1, math.nan]),
+        ("attention", "with_lse", [2, -1, math.nan]),
         ("attention", "pv_accumulator", [0, 8, 17, 64, math.nan]),
         ("attention", "mma_sync", [2, -1, math.nan]),
         ("attention", "length_kv", [0, -1, 2.0**31, 2.0**40, math.nan]),

@@ -67,7 +67,7 @@ struct AttentionParams {
   int head_dim;
   int padded_head_dim;
   bool is_causal;
-  bool exact_lse;  // if not, lse may come from the sum of the rounded P
+  bool with_lse;  // if not, nobody reads lse, and it is not written
   DType out_type;
   const float* per_counted_key;  // with masks: per_key of the keys that count, [B, K]
   MaskParams masks;

@@ -142,55 +142,67 @@ __device__ __forceinline__ void PrepareOutput(OutputTable<kHeadDim>& table,
   }
 }
 
-// Finishes the outputs of two rows, `row` and `row + 8`, of which this thread holds the channels
-// kFirst + 8n + 2(lane % 4) + {0, 1}: divides by the row sum, undoes V's scale and mean, and marks
-// what is not finite. With the first channels it stores lse. `sum` is this thread's part of the sum
-// of P before rounding.
-template <bool kMasked, int kFirst = 0, int kHeadDim, int kTiles>
-__device__ __forceinline__ void FinishRows(const AttentionParams& params,
-                                           const OutputTable<kHeadDim>& table, int row, int lane,
-                                           float (&o)[kTiles][4], const float (&max)[2],
-                                           const float (&sum)[2], const float (&quantized_sum)[2]) {
-  float norm[2], inverse[2], q_dot_mean[2];
-  int last_key[2];
+// The ends of two rows, `row` and `row + 8`, of which a thread holds some channels.
+struct RowEnds {
+  float norm[2];     // sums of P; 0: nothing is seen
+  float inverse[2];  // 1 / norm, or 0
+  int last_key[2];   // of those seen, without masks
+  bool is_plain;     // all channels are finite, and something is seen; the same in the warp
+  // With segments: whose scale and offset are theirs, and whether these are not the table's.
+  int slot[2];
+  bool other_slots;
+};
+
+// quantized_sum: of P, as V is multiplied by it.
+template <bool kMasked, int kHeadDim>
+__device__ __forceinline__ RowEnds EndsOf(const AttentionParams& params,
+                                          const OutputTable<kHeadDim>& table, int row, int lane,
+                                          const float (&max)[2], const float (&quantized_sum)[2]) {
+  RowEnds ends;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int this_row = row + 8 * half;
-    // Needed last, and far away.
-    q_dot_mean[half] = kFirst == 0 && (lane & 3) == 0 && this_row < params.length_q
-                           ? params.q_dot_mean[table.query_row + this_row]
-                           : 0;
-    last_key[half] = kMasked            ? -1
-                     : params.is_causal ? min(this_row, params.length_kv - 1)
-                                        : params.length_kv - 1;
+    ends.last_key[half] = kMasked            ? -1
+                          : params.is_causal ? min(row + 8 * half, params.length_kv - 1)
+                                             : params.length_kv - 1;
     const bool too_large = fabsf(max[half]) >= kScoreMax && max[half] != -kInf;
-    norm[half] = too_large ? kNan : quantized_sum[half];
-    inverse[half] = norm[half] == 0 ? 0 : 1.0f / norm[half];
+    ends.norm[half] = too_large ? kNan : quantized_sum[half];
+    ends.inverse[half] = ends.norm[half] == 0 ? 0 : 1.0f / ends.norm[half];
   }
-  bool other_slots = false;  // than that of the table; the same in the warp
-  int slot[2];
+  ends.other_slots = false;
   if constexpr (kMasked) {
     if (params.query_slots != nullptr) {
       const int32_t* slots =
           params.query_slots + table.batch * static_cast<int64_t>(params.padded_q) + row;
-      slot[0] = __ldg(slots);
-      slot[1] = __ldg(slots + 8);
-      other_slots = __any_sync(0xffffffffu, slot[0] != table.slot || slot[1] != table.slot);
+      ends.slot[0] = __ldg(slots);
+      ends.slot[1] = __ldg(slots + 8);
+      ends.other_slots =
+          __any_sync(0xffffffffu, ends.slot[0] != table.slot || ends.slot[1] != table.slot);
     }
   }
-  int first_bad = kNever;  // of all channels
+  bool some_bad = ends.norm[0] == 0 || ends.norm[1] == 0;
   if constexpr (!kMasked) {
 #pragma unroll
-    for (int c = lane; c < kHeadDim; c += 32) first_bad = min(first_bad, table.first_bad[c]);
-    first_bad = __reduce_min_sync(0xffffffffu, first_bad);
+    for (int c = lane; c < kHeadDim; c += 32) some_bad |= table.first_bad[c] < params.length_kv;
   }
-  if (kMasked && other_slots) {
+  ends.is_plain = !__any_sync(0xffffffffu, some_bad);
+  return ends;
+}
+
+// Finishes the outputs of two rows, of which this thread holds the channels kFirst + 8n +
+// 2(lane % 4) + {0, 1}: divides by the row sum, undoes V's scale and mean, and marks what is not
+// finite.
+template <bool kMasked, int kFirst = 0, int kHeadDim, int kTiles>
+__device__ __forceinline__ void FinishChannels(const AttentionParams& params,
+                                               const OutputTable<kHeadDim>& table,
+                                               const RowEnds& ends, int lane,
+                                               float (&o)[kTiles][4]) {
+  if (kMasked && ends.other_slots) {
     const int head = static_cast<int>(table.query_row / params.padded_q);
     const int64_t kv_head = head / (params.heads / params.kv_heads);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float* channels =
-          SlotChannels<kHeadDim>(params, kv_head, slot[half]) + kFirst + 2 * (lane & 3);
+          SlotChannels<kHeadDim>(params, kv_head, ends.slot[half]) + kFirst + 2 * (lane & 3);
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
         // A branch, so that not all is loaded at once: there are no registers for that.
@@ -201,8 +213,8 @@ __device__ __forceinline__ void FinishRows(const AttentionParams& params,
         const float2 scale = load(kSlotScale), offset = load(kSlotOffset);
         float& x = o[n][2 * half];
         float& y = o[n][2 * half + 1];
-        x = x * inverse[half] * scale.x + offset.x;
-        y = y * inverse[half] * scale.y + offset.y;
+        x = x * ends.inverse[half] * scale.x + offset.x;
+        y = y * ends.inverse[half] * scale.y + offset.y;
       }
     }
   } else {
@@ -215,45 +227,53 @@ __device__ __forceinline__ void FinishRows(const AttentionParams& params,
       for (int half = 0; half < 2; ++half) {
         float& x = o[n][2 * half];
         float& y = o[n][2 * half + 1];
-        x = x * inverse[half] * scale.x + offset.x;
-        y = y * inverse[half] * scale.y + offset.y;
+        x = x * ends.inverse[half] * scale.x + offset.x;
+        y = y * ends.inverse[half] * scale.y + offset.y;
       }
     }
   }
-  if (first_bad <= last_key[1] || norm[0] == 0 || norm[1] == 0) {  // rare
+  if (ends.is_plain) return;
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      const int channel = kFirst + 8 * n + 2 * (lane & 3);
-      int2 bad = make_int2(kNever, kNever);
-      if constexpr (!kMasked) bad = *reinterpret_cast<const int2*>(&table.first_bad[channel]);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float& x = o[n][2 * half];
-        float& y = o[n][2 * half + 1];
-        if (norm[half] == 0) x = y = 0;  // nothing seen
-        if (bad.x <= last_key[half]) x = kNan;
-        if (bad.y <= last_key[half]) y = kNan;
-      }
-    }
-  }
-  if constexpr (kFirst == 0) {
+  for (int n = 0; n < kTiles; ++n) {
+    const int channel = kFirst + 8 * n + 2 * (lane & 3);
+    int2 bad = make_int2(kNever, kNever);
+    if constexpr (!kMasked) bad = *reinterpret_cast<const int2*>(&table.first_bad[channel]);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float total = sum[half];
-      total += __shfl_xor_sync(0xffffffffu, total, 1);
-      total += __shfl_xor_sync(0xffffffffu, total, 2);
-      const int this_row = row + 8 * half;
-      if ((lane & 3) == 0 && this_row < params.length_q) {
-        float lse = CUDART_LN2_F * (max[half] + log2f(total) - kLog2PMax + q_dot_mean[half]);
-        if ((!kMasked && table.first_bad_key <= last_key[half]) || isnan(norm[half])) lse = kNan;
-        if (norm[half] == 0) lse = -kInf;  // nothing seen, whatever the query
-        params.lse[table.output_row + static_cast<int64_t>(this_row) * params.heads] = lse;
-      }
+      float& x = o[n][2 * half];
+      float& y = o[n][2 * half + 1];
+      if (ends.norm[half] == 0) x = y = 0;  // nothing seen
+      if (bad.x <= ends.last_key[half]) x = kNan;
+      if (bad.y <= ends.last_key[half]) y = kNan;
     }
   }
 }
 
-// Stores what FinishRows has finished.
+// `sum`: this thread's part of the sum of P before rounding.
+template <bool kMasked, int kHeadDim>
+__device__ __forceinline__ void StoreLse(const AttentionParams& params,
+                                         const OutputTable<kHeadDim>& table, const RowEnds& ends,
+                                         int row, int lane, const float (&max)[2],
+                                         const float (&sum)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float total = sum[half];
+    total += __shfl_xor_sync(0xffffffffu, total, 1);
+    total += __shfl_xor_sync(0xffffffffu, total, 2);
+    const int this_row = row + 8 * half;
+    if ((lane & 3) == 0 && this_row < params.length_q) {
+      float lse = CUDART_LN2_F * (max[half] + log2f(total) - kLog2PMax +
+                                  params.q_dot_mean[table.query_row + this_row]);
+      if ((!kMasked && table.first_bad_key <= ends.last_key[half]) || isnan(ends.norm[half])) {
+        lse = kNan;
+      }
+      if (ends.norm[half] == 0) lse = -kInf;  // nothing seen, whatever the query
+      params.lse[table.output_row + static_cast<int64_t>(this_row) * params.heads] = lse;
+    }
+  }
+}
+
+// Stores what FinishChannels has finished.
 template <class Out, int kHeadDim>
 __device__ __forceinline__ void StoreRows(const AttentionParams& params,
                                           const OutputTable<kHeadDim>& table, int row, int lane,

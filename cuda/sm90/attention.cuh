@@ -120,7 +120,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       ptx::WgmmaWait<0>();
 #pragma unroll
       for (int block = 0; block < T::kBlocks; ++block) ptx::Pin(p[block]);
-      sums.Retire(count);
+      sums.Retire(count, !T::kMasked && is_last);
       release(barriers.VEmpty(stage));
     };
     // Of a row, `half` of this thread's two.
@@ -279,25 +279,26 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       pass(ptx::LoadSharedAs<int>(rows + T::kItemAt + 4) - mine.end);
     }
     float row_sum[2];
-    sums.FinishRowSums(row_sum, scores.sum, my_tiles);
-    if constexpr (!T::kExactSum && Pv::kSumsRows) {  // all four threads of a row add up theirs
-      scores.sum[0] = row_sum[0] / 4;
-      scores.sum[1] = row_sum[1] / 4;
-    }
+    sums.FinishRowSums(row_sum, scores.sum, my_tiles, !T::kMasked);
     ptx::BarrierWait(barriers.TableFull(), turn & 1);
     if ((T::kMasked ? group_row : ptx::LoadSharedAs<int>(rows + T::kRowAt)) < params.length_q) {
       const int first_row = table.first_query + warpgroup * kRows + 16 * warp;
+      const RowEnds ends = EndsOf<T::kMasked>(params, table, first_row + lane / 4, lane,
+                                              scores.max, row_sum);
       // By turns, where all channels at once would be too many registers.
       const auto finish = [&](auto first) {
         constexpr int kFirst = decltype(first)::value;
         float o[T::kTurn / 8][4];
-        sums.template Finish<kFirst>(o, my_tiles);
-        FinishRows<T::kMasked, kFirst>(params, table, first_row + lane / 4, lane, o, scores.max,
-                                       scores.sum, row_sum);
+        sums.template Finish<kFirst>(o, my_tiles, !T::kMasked);
+        FinishChannels<T::kMasked, kFirst>(params, table, ends, lane, o);
         WithOutputType(params.out_type, [&](auto type) {
           StoreTile<decltype(type), kFirst>(params, table, first_row, lane, output, o);
         });
       };
+      if (T::kWithLse && params.with_lse) {
+        StoreLse<T::kMasked>(params, table, ends, first_row + lane / 4, lane, scores.max,
+                             scores.sum);
+      }
       finish(std::integral_constant<int, 0>());
       if constexpr (T::kHeadDim > T::kTurn) finish(std::integral_constant<int, T::kTurn>());
       // What comes next there is a copy of the bias.

@@ -38,7 +38,7 @@ cudaError_t Encode(CUtensorMap* map, const Tensor& tensor) {
 // The output does not depend on whether lse is asked for: both run the same tiles.
 template <class Pv, int kMost = 4>
 static cudaError_t LaunchPv(const AttentionParams& params, cudaStream_t stream) {
-  return params.exact_lse ? Launch<Traits<Pv, true, Masking::kPlain, kMost>>(params, stream)
+  return params.with_lse ? Launch<Traits<Pv, true, Masking::kPlain, kMost>>(params, stream)
                           : Launch<Traits<Pv, false, Masking::kPlain, kMost>>(params, stream);
 }
 

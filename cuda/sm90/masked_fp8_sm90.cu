@@ -3,20 +3,20 @@
 
 namespace jax_sage::sm90 {
 
-template <int kHeadDim, bool kExactSum>
+template <int kHeadDim, bool kWithLse>
 static cudaError_t LaunchFor(const AttentionParams& params, cudaStream_t stream) {
   using WithBias = PvFp8<kHeadDim, kBiasTile>;
   if (params.masks.bias == nullptr) {
-    return Launch<Traits<PvFp8<kHeadDim>, kExactSum, Masking::kMasked>>(params, stream);
+    return Launch<Traits<PvFp8<kHeadDim>, kWithLse, Masking::kMasked>>(params, stream);
   }
   return params.masks.AreIntervals()
-             ? Launch<Traits<WithBias, kExactSum, Masking::kPlainBiased>>(params, stream)
-             : Launch<Traits<WithBias, kExactSum, Masking::kMaskedBiased>>(params, stream);
+             ? Launch<Traits<WithBias, kWithLse, Masking::kPlainBiased>>(params, stream)
+             : Launch<Traits<WithBias, kWithLse, Masking::kMaskedBiased>>(params, stream);
 }
 
 template <int kHeadDim>
 static cudaError_t LaunchFor(const AttentionParams& params, cudaStream_t stream) {
-  return params.exact_lse ? LaunchFor<kHeadDim, true>(params, stream)
+  return params.with_lse ? LaunchFor<kHeadDim, true>(params, stream)
                           : LaunchFor<kHeadDim, false>(params, stream);
 }
 

@@ -149,7 +149,7 @@ struct Scores {
             // All such rows come here.
             if (bias[block][4 * n + e] * kLog2E <= kHidingBias) x[i][e] = 0;
           }
-          if constexpr (T::kExactSum || !Pv::kSumsRows) {
+          if constexpr (T::kWithLse || !Pv::kSumsRows) {
             if (is_seen) tile_sum[half] += x[i][e];
           }
         }

@@ -7,7 +7,7 @@
 
 namespace jax_sage::sm90 {
 
-// A warp stores its 16 rows from `first_row` on; of each thread the two rows that FinishRows
+// A warp stores its 16 rows from `first_row` on; of each thread the two rows that FinishChannels
 // finished, of kTiles times 8 channels from kFirst on. `shared`: the warp's part of the output
 // buffer, which has room for them in FP32.
 template <class Out, int kFirst, int kHeadDim, int kTiles>

@@ -2,8 +2,8 @@
 //
 // Of a warpgroup's tiles, in order: Issue() starts PV of some blocks, or all, and Retire() follows
 // when that of all has completed. Rescale() may come before an Issue, when no PV is under way.
-// FinishRowSums() gives these, and then
-// Finish() the output, of kTiles times 8 channels from kFirst on.
+// FinishRowSums() gives these, and then Finish() the output, of kTiles times 8 channels from kFirst
+// on. Where it is not known which tile is the last, it is retired like the others: both are told.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -105,10 +105,10 @@ struct PvFp8 {
     }
     ptx::WgmmaCommit();
   }
-  // PV of the tile has completed.
-  __device__ __forceinline__ void Retire(int tile) {
+  // PV of the tile has completed. What is there after the last waits for Finish().
+  __device__ __forceinline__ void Retire(int tile, bool is_last) {
     ptx::Pin(sums);
-    if ((tile + 1) % kPromoteTiles != 0) return;
+    if ((tile + 1) % kPromoteTiles != 0 || is_last) return;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 8; ++i) {
       float o[4];
@@ -129,8 +129,9 @@ struct PvFp8 {
       }
     }
   }
-  __device__ __forceinline__ void FinishRowSums(float (&total)[2], const float (&)[2], int tiles) {
-    if (tiles % kPromoteTiles == 0) {  // promoted already
+  __device__ __forceinline__ void FinishRowSums(float (&total)[2], const float (&)[2], int tiles,
+                                                bool knew_last) {
+    if (!knew_last && tiles % kPromoteTiles == 0) {  // promoted already
 #pragma unroll
       for (uint32_t& x : sums) x = 0;
     }
@@ -139,9 +140,11 @@ struct PvFp8 {
     total[1] = row_sum[1];
   }
   template <int kFirst, int kTiles>
-  __device__ __forceinline__ void Finish(float (&o)[kTiles][4], int tiles) {
+  __device__ __forceinline__ void Finish(float (&o)[kTiles][4], int tiles, bool knew_last) {
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) Promoted(o[i], kFirst / 8 + i, tiles >= kPromoteTiles);
+    for (int i = 0; i < kTiles; ++i) {
+      Promoted(o[i], kFirst / 8 + i, tiles >= kPromoteTiles + knew_last);
+    }
   }
 
  private:
@@ -227,12 +230,13 @@ struct PvFp16 {
     }
     ptx::WgmmaCommit();
   }
-  __device__ __forceinline__ void Retire(int) { ptx::Pin(sums); }
+  __device__ __forceinline__ void Retire(int, bool) { ptx::Pin(sums); }
   __device__ __forceinline__ void Rescale(const float (&alpha)[2]) {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) sums[i] *= alpha[i / 2 % 2];
   }
-  __device__ __forceinline__ void FinishRowSums(float (&total)[2], const float (&sum)[2], int) {
+  __device__ __forceinline__ void FinishRowSums(float (&total)[2], const float (&sum)[2], int,
+                                                bool) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       total[half] = sum[half] + __shfl_xor_sync(0xffffffffu, sum[half], 1);
@@ -240,7 +244,7 @@ struct PvFp16 {
     }
   }
   template <int kFirst, int kTiles>
-  __device__ __forceinline__ void Finish(float (&o)[kTiles][4], int) {
+  __device__ __forceinline__ void Finish(float (&o)[kTiles][4], int, bool) {
 #pragma unroll
     for (int i = 0; i < 4 * kTiles; ++i) o[i / 4][i % 4] = sums[kFirst / 2 + i];
   }

@@ -16,11 +16,12 @@ constexpr int kRows = 64;  // queries of a warpgroup
 constexpr int kSharedLimit = 227 * 1024;
 static_assert(kRows == kMaskRows);
 
-// kExactSum: P is summed before it is rounded too, for lse. kMost: consumers, where there is room.
-template <class Pv_, bool kExactSum_, Masking kMasking = Masking::kPlain, int kMost = 4>
+// kWithLse: lse may be asked for, and P is summed before it is rounded too. kMost: consumers, where
+// there is room.
+template <class Pv_, bool kWithLse_, Masking kMasking = Masking::kPlain, int kMost = 4>
 struct Traits {
   using Pv = Pv_;
-  static constexpr bool kExactSum = kExactSum_;
+  static constexpr bool kWithLse = kWithLse_;
   // By a mask or segments. Otherwise queries see intervals of keys, and nothing is planned.
   static constexpr bool kMasked =
       kMasking == Masking::kMasked || kMasking == Masking::kMaskedBiased;
@@ -39,7 +40,7 @@ struct Traits {
   // With masks the producer plans, and a bias is more to find. Where the consumers need all that
   // there is, it has 32 registers all the same, and spills some.
   static constexpr bool kFullConsumers =
-      !kBiased && (!kMasked || (Pv::kSumsRows && (kExactSum || Pv::kHeadDim > 64)));
+      !kBiased && (!kMasked || (Pv::kSumsRows && (kWithLse || Pv::kHeadDim > 64)));
   static constexpr int kProducerRegisters =
       kConsumers == 5 ? 40 : kConsumers >= 3 && kFullConsumers ? 32 : 56;
   static constexpr int kConsumerRegisters = kConsumers == 2   ? 224
