@@ -8,6 +8,8 @@
 
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "common/layout.h"
 #include "common/ptx.cuh"
 #include "sm90/attention.h"
@@ -109,11 +111,18 @@ struct PvFp8 {
   __device__ __forceinline__ void Retire(int tile, bool is_last) {
     ptx::Pin(sums);
     if ((tile + 1) % kPromoteTiles != 0 || is_last) return;
+    const auto promote = [&](auto any) {
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 8; ++i) {
-      float o[4];
-      Promoted(o, i, tile >= kPromoteTiles);
-      ptx::StoreSharedAs(output + i * 512, make_float4(o[0], o[1], o[2], o[3]));
+      for (int i = 0; i < kHeadDim / 8; ++i) {
+        float o[4];
+        Promoted<any>(o, i);
+        ptx::StoreSharedAs(output + i * 512, make_float4(o[0], o[1], o[2], o[3]));
+      }
+    };
+    if (tile >= kPromoteTiles) {
+      promote(std::true_type());
+    } else {
+      promote(std::false_type());
     }
     pending[0] = pending[1] = 1;
     AddRowSums();
@@ -141,22 +150,28 @@ struct PvFp8 {
   }
   template <int kFirst, int kTiles>
   __device__ __forceinline__ void Finish(float (&o)[kTiles][4], int tiles, bool knew_last) {
+    if (tiles >= kPromoteTiles + knew_last) {
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      Promoted(o[i], kFirst / 8 + i, tiles >= kPromoteTiles + knew_last);
+      for (int i = 0; i < kTiles; ++i) Promoted<true>(o[i], kFirst / 8 + i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) Promoted<false>(o[i], kFirst / 8 + i);
     }
   }
 
  private:
-  // The output with the sums; `any`: there is an output already.
-  __device__ __forceinline__ void Promoted(float (&o)[4], int i, bool any) const {
-    float4 old = {0, 0, 0, 0};
-    if (any) old = ptx::LoadSharedAs<float4>(output + i * 512);
+  // The output with the sums; kAny: there is an output already.
+  template <bool kAny>
+  __device__ __forceinline__ void Promoted(float (&o)[4], int i) const {
     const float2 x = ptx::UnpackF16(sums[2 * i]), y = ptx::UnpackF16(sums[2 * i + 1]);
-    o[0] = fmaf(old.x, pending[0], x.x);
-    o[1] = fmaf(old.y, pending[0], x.y);
-    o[2] = fmaf(old.z, pending[1], y.x);
-    o[3] = fmaf(old.w, pending[1], y.y);
+    o[0] = x.x, o[1] = x.y, o[2] = y.x, o[3] = y.y;
+    if constexpr (kAny) {
+      const auto old = ptx::LoadSharedAs<float4>(output + i * 512);
+      o[0] = fmaf(old.x, pending[0], o[0]);
+      o[1] = fmaf(old.y, pending[0], o[1]);
+      o[2] = fmaf(old.z, pending[1], o[2]);
+      o[3] = fmaf(old.w, pending[1], o[3]);
+    }
   }
   __device__ __forceinline__ void AddRowSums() {
     row_sum[0] += ptx::UnpackF16(sums[kHeadDim / 4]).x;
