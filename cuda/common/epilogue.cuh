@@ -78,6 +78,8 @@ struct alignas(16) OutputTable {
   int32_t first_query;          // of the tile
   int64_t query_row;            // of the head's first query, in q_dot_mean
   int64_t output_row;           // the same in out and lse, where rows are `heads` apart
+  int32_t first_token;          // the head's first query among those of all batch entries
+  int32_t head;                 // of the batch entry
   int32_t batch;                // with masks
   int32_t slot;                 // with segments: whose scale and offset these are
 };
@@ -107,6 +109,8 @@ __device__ __forceinline__ void PrepareOutput(OutputTable<kHeadDim>& table,
     table.query_row = position.head * params.padded_q;
     table.output_row = position.head / params.heads * params.length_q * params.heads +
                        position.head % params.heads;
+    table.first_token = static_cast<int32_t>(position.head / params.heads * params.length_q);
+    table.head = static_cast<int32_t>(position.head % params.heads);
   }
   if constexpr (kMasked) {
     const int batch = static_cast<int>(position.head) / params.heads;

@@ -61,6 +61,7 @@ enum SlotRow : int {
 enum BadRow : int { kBadKey = 0, kBadValue = 1, kBadRows = 2 };
 
 enum class DType : int { kF16, kBf16, kF32 };
+constexpr int SizeOf(DType type) { return type == DType::kF32 ? 4 : 2; }
 
 // FP8 V is stored transposed, [Hp, Sp], and permuted within each 16 keys: position 4t + 2h + e
 // holds key 8h + 2t + e. Thread t of a quad holds the keys {2t, 2t+1, 8+2t, 8+2t+1} of QK^T's

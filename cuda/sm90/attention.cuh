@@ -284,7 +284,8 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
     sums.FinishRowSums(row_sum, scores.sum, my_tiles, !T::kMasked);
     ptx::BarrierWait(barriers.TableFull(), turn & 1);
     if ((T::kMasked ? group_row : ptx::LoadSharedAs<int>(rows + T::kRowAt)) < params.length_q) {
-      const int first_row = table.first_query + warpgroup * kRows + 16 * warp;
+      const int first_row =
+          table.first_query + warpgroup * kRows + 16 * __shfl_sync(0xffffffffu, warp, 0);
       const RowEnds ends = EndsOf<T::kMasked>(params, table, first_row + lane / 4, lane,
                                               scores.max, row_sum);
       // By turns, where all channels at once would be too many registers.
@@ -294,7 +295,11 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
         sums.template Finish<kFirst>(o, my_tiles, !T::kMasked);
         FinishChannels<T::kMasked, kFirst>(params, table, ends, lane, o);
         WithOutputType(params.out_type, [&](auto type) {
-          StoreTile<decltype(type), kFirst>(params, table, first_row, lane, output, o);
+          // Sums that are still to be finished are there too, of other channels.
+          constexpr int kOffset = Pv::kSumsRows ? kFirst * kRowsOfWarp * 4 : 0;
+          // The lane anew, or what it makes of it stays in registers from item to item.
+          StoreTile<decltype(type), kFirst>(params, maps, table, first_row,
+                                            ptx::ThreadIndex() % 32, output + kOffset, o);
         });
       };
       if (T::kWithLse && params.with_lse) {
@@ -304,10 +309,15 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       finish(std::integral_constant<int, 0>());
       if constexpr (T::kHeadDim > T::kTurn) finish(std::integral_constant<int, T::kTurn>());
       // What comes next there is a copy of the bias.
-      if constexpr (T::kBiasInOutput) ptx::FenceAsyncProxy();
+      if constexpr (T::kBiasInOutput) {
+        ptx::WaitForStores();
+        ptx::FenceAsyncProxy();
+        __syncwarp();
+      }
     }
     ptx::BarrierArrive(barriers.TableEmpty());
   }
+  ptx::WaitForStores();
 }
 
 template <class T>
@@ -364,6 +374,15 @@ cudaError_t Launch(const AttentionParams& params, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   error = Encode(&maps.v, T::Pv::Map(params.v, params.padded_kv, kv_heads));
   if (error != cudaSuccess) return error;
+  const uint64_t row = static_cast<uint64_t>(params.head_dim) * SizeOf(params.out_type);
+  const uint64_t tokens = params.batch * params.length_q;
+  maps.stores_boxes = row % 16 == 0 && reinterpret_cast<uintptr_t>(params.out) % 16 == 0 &&
+                      tokens <= INT32_MAX;
+  if (maps.stores_boxes) {
+    error = Encode(&maps.out, {params.out, row, static_cast<uint64_t>(params.heads), tokens,
+                               kBoxOfOutput, 1, kRowsOfWarp});
+    if (error != cudaSuccess) return error;
+  }
   if constexpr (T::kCopiesBias) {
     error = EncodeBias(maps, params);
     if (error != cudaSuccess) return error;

@@ -10,8 +10,10 @@ namespace jax_sage::sm90 {
 
 struct TensorMaps {
   CUtensorMap q, k, v;
-  CUtensorMap bias;  // read only where bias_bytes is not 0
-  int bias_bytes;    // that a warp copies of a tile
+  CUtensorMap out;    // where outputs are stored in boxes
+  CUtensorMap bias;   // read only where bias_bytes is not 0
+  int bias_bytes;     // that a warp copies of a tile
+  bool stores_boxes;  // rows of the output are aligned
 };
 
 // A 3-dimensional tensor, and the box that one copy takes from it; the innermost of both in bytes.

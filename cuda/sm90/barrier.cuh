@@ -79,6 +79,29 @@ __device__ __forceinline__ void CopyBoxOfWarp(uint32_t shared, const CUtensorMap
       "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
       : "memory");
 }
+// A box from shared memory to a tensor; what would be outside is left out.
+__device__ __forceinline__ void StoreBoxOfWarp(const CUtensorMap* map, uint32_t shared, int c0,
+                                               int c1, int c2) {
+  asm volatile(
+      "{\n.reg .pred elected;\n"
+      "elect.sync _|elected, 0xffffffff;\n"
+      "@elected cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group "
+      "[%0, {%2, %3, %4}], [%1];\n"
+      "@elected cp.async.bulk.commit_group;\n}\n" ::"l"(map),
+      "r"(shared), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
+}
+// Until the boxes that this thread stored have been read from shared memory.
+__device__ __forceinline__ void WaitForStores() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+// Four tiles of 8 x 8 numbers of 16 bits, of which a thread has two neighbours of each, as of C
+// fragments. Lane 8i + r gives the address of row r of tile i.
+__device__ __forceinline__ void StoreMatrix4(uint32_t shared, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
 // `bytes` contiguous bytes, a multiple of 16.
 __device__ __forceinline__ void CopyBulk(uint32_t shared, const void* global, int bytes,
                                          uint32_t barrier) {

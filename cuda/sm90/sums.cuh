@@ -111,6 +111,8 @@ struct PvFp8 {
   __device__ __forceinline__ void Retire(int tile, bool is_last) {
     ptx::Pin(sums);
     if ((tile + 1) % kPromoteTiles != 0 || is_last) return;
+    ptx::WaitForStores();  // of the item before, from the output
+    __syncwarp();
     const auto promote = [&](auto any) {
 #pragma unroll
       for (int i = 0; i < kHeadDim / 8; ++i) {

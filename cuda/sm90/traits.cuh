@@ -87,7 +87,7 @@ struct Traits {
       kConsumers *
           (kQBytes + kBiasOfGroup + kQScaleBytes + kIntervalBytes + kOutputBytes + 2 * kRowsBytes) +
       4 * kMaxStages + 16 + int{sizeof(OutputTable<kHeadDim>)} +
-      8 * (2 + 2 * kConsumers + 4 * kMaxStages + kBiasBarriers) + 1024;
+      8 * (2 + 2 * kConsumers + 4 * kMaxStages + kBiasBarriers) + 1024 + 512;
   static constexpr int kFitting = (kSharedLimit - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
   // Shared memory; tiles first, they must be aligned to 8 rows of up to 128 bytes for the swizzle.
@@ -95,7 +95,7 @@ struct Traits {
   static constexpr int kOwnBias = kQ + kConsumers * kQBytes;
   static constexpr int kK = kOwnBias + kConsumers * kBiasOfGroup;
   static constexpr int kV = kK + kStages * kKBytes;
-  static constexpr int kOutput = kV + kStages * Pv::kStride;
+  static constexpr int kOutput = (kV + kStages * Pv::kStride + 1023) / 1024 * 1024;
   static constexpr int kBias = kBiasInOutput ? kOutput : kOwnBias;
   static constexpr int kQScales = kOutput + kConsumers * kOutputBytes;
   static constexpr int kIntervals = kQScales + kConsumers * kQScaleBytes;
@@ -114,6 +114,7 @@ struct Traits {
   static_assert(kKBytes % 1024 == 0 && Pv::kStride % Pv::kAlignment == 0 && kQBytes % 1024 == 0);
   static_assert(!kCopiesBias || (kTile == kBiasTile && kBias % 1024 == 0 &&
                                  kBiasOfWarp >= kBiasBytes && kBiasOfWarp % 1024 == 0));
+  static_assert(kOutputOfWarp % 1024 == 0, "it is stored in swizzled boxes");
   static_assert(kRows == kBlockKv, "boxes of Q and of K are alike, see IssueQk");
   static_assert(kSharedBytes <= kSharedLimit);
 };

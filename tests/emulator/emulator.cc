@@ -27,16 +27,6 @@ struct AsyncCopy {
   int bytes;
 };
 
-struct Fiber {
-  ucontext_t start;
-  jmp_buf at;
-  bool is_started, is_done;
-  bool (*ready)(void*);
-  void* argument;
-  std::vector<AsyncCopy> copies;
-  std::vector<Wgmma> wgmmas;  // one of no columns: the end of a group
-};
-
 // A tensor and its boxes, as cuTensorMapEncodeTiled was given them.
 struct Map {
   uint8_t* data;
@@ -46,16 +36,33 @@ struct Map {
 };
 static_assert(sizeof(Map) <= sizeof(CUtensorMap));
 
+// A box of a tensor and where it is, or is to be, in shared memory.
+struct Box {
+  uint32_t shared;
+  Map map;
+  int at[3];
+};
+
+struct Fiber {
+  ucontext_t start;
+  jmp_buf at;
+  bool is_started, is_done;
+  bool (*ready)(void*);
+  void* argument;
+  std::vector<AsyncCopy> copies;
+  std::vector<Box> stores;    // that have not read shared memory yet
+  std::vector<Wgmma> wgmmas;  // one of no columns: the end of a group
+};
+
 struct Warpgroup : Group {
   std::vector<uint64_t> checksums;  // of its wgmmas, when the first warp issued them
 };
 
 struct BulkCopy {
-  uint32_t shared, barrier;
-  const void* global;  // null: a box of the map
+  Box box;
+  uint32_t barrier;
+  const void* global;  // null: the box
   int bytes;
-  Map map;
-  int at[3];
 };
 
 // All of a launch, of which there is one at a time.
@@ -169,24 +176,45 @@ void ChangeBarrier(uint32_t address, Change change) {
   StoreSharedAs(address, barrier);
 }
 
-void Run(const BulkCopy& copy) {
-  if (copy.global != nullptr) {
-    std::memcpy(Shared(copy.shared, copy.bytes), copy.global, copy.bytes);
-  } else {
-    const Map& map = copy.map;
-    const auto inside = [&](int i, int x) {
-      return x >= 0 && static_cast<uint64_t>(x) < map.dims[i];
-    };
-    uint32_t shared = copy.shared;
-    for (int z = copy.at[2]; z < copy.at[2] + static_cast<int>(map.box[2]); ++z) {
-      for (int y = copy.at[1]; y < copy.at[1] + static_cast<int>(map.box[1]); ++y) {
-        for (int x = copy.at[0]; x < copy.at[0] + static_cast<int>(map.box[0]); ++x, ++shared) {
-          const bool is_inside = inside(0, x) && inside(1, y) && inside(2, z);
-          *Shared(Swizzled(shared, map.swizzle), 1) =
-              is_inside ? map.data[x + y * map.strides[0] + z * map.strides[1]] : 0;
-        }
+// Calls function(byte in shared memory, byte of the tensor, or null outside) for each of a box.
+template <class Function>
+void ForEach(const Box& box, Function function) {
+  const Map& map = box.map;
+  const auto inside = [&](int i, int x) {
+    return x >= 0 && static_cast<uint64_t>(x) < map.dims[i];
+  };
+  uint32_t shared = box.shared;
+  for (int z = box.at[2]; z < box.at[2] + static_cast<int>(map.box[2]); ++z) {
+    for (int y = box.at[1]; y < box.at[1] + static_cast<int>(map.box[1]); ++y) {
+      for (int x = box.at[0]; x < box.at[0] + static_cast<int>(map.box[0]); ++x, ++shared) {
+        const bool is_inside = inside(0, x) && inside(1, y) && inside(2, z);
+        function(*Shared(Swizzled(shared, map.swizzle), 1),
+                 is_inside ? map.data + x + y * map.strides[0] + z * map.strides[1] : nullptr);
       }
     }
+  }
+}
+
+Box MakeBox(uint32_t shared, const CUtensorMap* map, int c0, int c1, int c2) {
+  Box box{shared, {}, {c0, c1, c2}};
+  std::memcpy(&box.map, map, sizeof(box.map));
+  if (shared % 128 != 0) Fail("a box is at an address that is not aligned to 128 bytes");
+  return box;
+}
+
+void Store(const Box& box) {
+  ForEach(box, [](uint8_t shared, uint8_t* global) {
+    if (global != nullptr) *global = shared;
+  });
+}
+
+void Run(const BulkCopy& copy) {
+  if (copy.global != nullptr) {
+    std::memcpy(Shared(copy.box.shared, copy.bytes), copy.global, copy.bytes);
+  } else {
+    ForEach(copy.box, [](uint8_t& shared, const uint8_t* global) {
+      shared = global != nullptr ? *global : 0;
+    });
   }
   ChangeBarrier(copy.barrier, [&](Barrier& barrier) { barrier.bytes += copy.bytes; });
 }
@@ -226,6 +254,7 @@ void RunCta(int threads) {
     fiber.is_started = fiber.is_done = false;
     fiber.ready = [](void*) { return true; };
     fiber.copies.clear();
+    fiber.stores.clear();
     fiber.wgmmas.clear();
     getcontext(&fiber.start);
     fiber.start.uc_stack.ss_sp = machine.stacks + i * kStackBytes;
@@ -272,7 +301,9 @@ void RunCta(int threads) {
       return;
     }
   }
-  if (!machine.bulk_copies.empty()) machine.error = "a CTA ends before its bulk copies";
+  bool some_left = !machine.bulk_copies.empty();
+  for (int i = 0; i < threads; ++i) some_left |= !machine.fibers[i].stores.empty();
+  if (some_left) machine.error = "a CTA ends before its bulk copies";
 }
 
 // Elements of 32 bytes of a row of A or B.
@@ -550,13 +581,23 @@ void BarrierWait(uint32_t barrier, uint32_t parity) {
   }
 }
 void CopyBox(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int c0, int c1, int c2) {
-  Map box;
-  std::memcpy(&box, map, sizeof(box));
-  if (shared % 128 != 0) Fail("a box is copied to an address that is not aligned to 128 bytes");
-  const int bytes = static_cast<int>(box.box[0] * box.box[1] * box.box[2]);
+  const Box box = MakeBox(shared, map, c0, c1, c2);
+  const int bytes = static_cast<int>(box.map.box[0] * box.map.box[1] * box.map.box[2]);
   Shared(shared, bytes);
   Shared(barrier, sizeof(Barrier));
-  StartBulkCopy({shared, barrier, nullptr, bytes, box, {c0, c1, c2}});
+  StartBulkCopy({box, barrier, nullptr, bytes});
+}
+void StoreBox(const CUtensorMap* map, uint32_t shared, int c0, int c1, int c2) {
+  const Box box = MakeBox(shared, map, c0, c1, c2);
+  if (machine.random() % 2 == 0) {  // as soon as it may be, or as late
+    Store(box);
+  } else {
+    ThisFiber().stores.push_back(box);
+  }
+}
+void WaitForStores() {
+  for (const Box& box : ThisFiber().stores) Store(box);
+  ThisFiber().stores.clear();
 }
 void CopyBulk(uint32_t shared, const void* global, int bytes, uint32_t barrier) {
   if (shared % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0 || bytes % 16 != 0) {
@@ -564,7 +605,7 @@ void CopyBulk(uint32_t shared, const void* global, int bytes, uint32_t barrier) 
   }
   Shared(shared, bytes);
   Shared(barrier, sizeof(Barrier));
-  StartBulkCopy({shared, barrier, global, bytes, {}, {}});
+  StartBulkCopy({{shared, {}, {}}, barrier, global, bytes});
 }
 
 void Mma(Type type, bool to_f16, uint32_t* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

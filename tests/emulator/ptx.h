@@ -7,6 +7,7 @@
 namespace emulator {
 
 inline unsigned BlockIndex() { return blockIdx.x; }
+inline unsigned ThreadIndex() { return threadIdx.x; }
 
 // Shared memory.
 template <class X>
@@ -72,6 +73,18 @@ inline void CopyBoxOfWarp(uint32_t shared, const CUtensorMap* map, uint32_t barr
                           int c2) {
   ThisWarp().Meet();
   if (Lane() == 0) CopyBox(shared, map, barrier, c0, c1, c2);
+}
+void StoreBox(const CUtensorMap* map, uint32_t shared, int c0, int c1, int c2);
+inline void StoreBoxOfWarp(const CUtensorMap* map, uint32_t shared, int c0, int c1, int c2) {
+  ThisWarp().Meet();
+  if (Lane() == 0) StoreBox(map, shared, c0, c1, c2);
+}
+void WaitForStores();
+inline void StoreMatrix4(uint32_t shared, const uint32_t (&r)[4]) {
+  const Exchange rows(shared);
+  for (int i = 0; i < 4; ++i) {
+    StoreSharedAs(rows.Of<uint32_t>(8 * i + Lane() / 4) + Lane() % 4 * 4, r[i]);
+  }
 }
 template <int kRegisters>
 void RegistersUp() {}
