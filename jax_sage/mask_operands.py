@@ -14,7 +14,8 @@ bias    as given; keys padded to Sp, or two columns that stand for all
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,9 @@ from jax_sage.masking import Masks, View, sort_ids
 
 GROUP = 64  # queries that are planned together
 TILE = 128  # keys that are planned together
+# Queries whose intervals may be constants of a program, 8 bytes each: at more, what it takes to
+# make them is no longer seen.
+_MOST_CONSTANTS = 16384
 
 
 class MaskOperands(NamedTuple):
@@ -107,17 +111,27 @@ def flat_batch(x: jax.Array, batch: Sequence[int]) -> jax.Array:
 
 
 def _intervals(view: View, batch: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-    first, end = flat_batch(view.first, batch), flat_batch(view.end, batch)
+    known = view.known_intervals() if view.padded_q <= _MOST_CONSTANTS else None
+    if known is None:
+        return _rows_and_groups(
+            jnp, view, flat_batch(view.first, batch), flat_batch(view.end, batch)
+        )
+    # Constants: making them anew takes four launches a call.
+    rows, groups = _rows_and_groups(np, view, *(x.reshape(1, -1) for x in known))
+    return jnp.asarray(rows), jnp.asarray(groups)
+
+
+def _rows_and_groups(xp: ModuleType, view: View, first: Any, end: Any) -> tuple[Any, Any]:
     by_group = (first.shape[0], view.padded_q // GROUP, GROUP)
     firsts, ends = first.reshape(by_group), end.reshape(by_group)
     # Queries that are padding have no outputs, and do not keep others from seeing all of a tile.
-    real = (jnp.arange(view.padded_q) < view.length_q).reshape(by_group[1:])
-    latest = jnp.where(real, firsts, np.int32(0))
-    earliest = jnp.where(real, ends, np.int32(view.length_kv))
+    real = (xp.arange(view.padded_q) < view.length_q).reshape(by_group[1:])
+    latest = xp.where(real, firsts, np.int32(0))
+    earliest = xp.where(real, ends, np.int32(view.length_kv))
     # Least and greatest by one reduction: four are as many launches.
     signs = np.array([1, -1, -1, 1], np.int32)
-    groups = jnp.stack([firsts, -ends, -latest, earliest], axis=-1).min(-2) * signs
-    return jnp.stack([first, end], axis=-1), groups
+    groups = xp.stack([firsts, -ends, -latest, earliest], axis=-1).min(-2) * signs
+    return xp.stack([first, end], axis=-1), groups
 
 
 def _mask(mask: jax.Array, padded_q: int, length_kv: int) -> list[jax.Array]:

@@ -8,7 +8,8 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -121,16 +122,28 @@ class View:
         q_len = length(masks.query_seq_lengths, length_q)
         kv_len = length(masks.key_value_seq_lengths, length_kv)
         self.q_len, self.kv_len = q_len, kv_len  # [*B, 1], or with ones
-        rows = jnp.arange(padded_q, dtype=jnp.int32)
-        aligned = rows + (kv_len - q_len) if band.bottom_right else rows
-        first, end = jnp.zeros_like(kv_len + rows), jnp.broadcast_to(kv_len, (kv_len + rows).shape)
-        if band.left is not None:
-            first = jnp.maximum(first, aligned - np.int32(band.left))
-        if band.right is not None:
-            end = jnp.minimum(end, aligned + np.int32(band.right + 1))
+        self.first, self.end = self._intervals(jnp, q_len, kv_len)
+        self.batch_rank = batch_rank
+
+    def _intervals(self, xp: ModuleType, q_len: Any, kv_len: Any) -> tuple[Any, Any]:
+        """first and end, in the arrays of a module."""
+        rows = xp.arange(self.padded_q, dtype=np.int32)
+        aligned = rows + (kv_len - q_len) if self.band.bottom_right else rows
+        first, end = xp.zeros_like(kv_len + rows), xp.broadcast_to(kv_len, (kv_len + rows).shape)
+        if self.band.left is not None:
+            first = xp.maximum(first, aligned - np.int32(self.band.left))
+        if self.band.right is not None:
+            end = xp.minimum(end, aligned + np.int32(self.band.right + 1))
         some = (rows < q_len) & (first < end)
-        self.first = jnp.where(some, first, np.int32(length_kv))
-        self.end = jnp.where(some, end, np.int32(0))
+        return xp.where(some, first, np.int32(self.length_kv)), xp.where(some, end, np.int32(0))
+
+    def known_intervals(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """first and end, [1, ..., padded_q] each, where no array decides them."""
+        if self.has_lengths:
+            return None
+        shape = (1,) * (self.batch_rank + 1)
+        q_len, kv_len = (np.full(shape, x, np.int32) for x in (self.length_q, self.length_kv))
+        return self._intervals(np, q_len, kv_len)
 
     def rows(self, row: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
         """first and end of `count` queries from `row` on: [*B, count] each."""

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kThreads = kMaxHeadDim;  // one a channel
 constexpr int kRows = 32;              // queries at a time, one a lane
-constexpr int kTurns = 8;              // of a CTA
+constexpr int kTurns = 32;             // of a CTA
 
 // Without masks attention need only know the first key that is not finite. With them every such
 // key must be looked at; they are rare, so it is a kernel of its own that looks for them.

@@ -479,8 +479,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
 #pragma unroll
   for (int m = 0; m < T::kTilesM; ++m) {
     const int row = table.first_query + (warp * T::kTilesM + m) * 16 + lane / 4;
-    const RowEnds ends = EndsOf<T::kMasked>(params, table, row, lane, state[m].max,
-                                            state[m].quantized_sum);
+    const RowEnds ends =
+        EndsOf<T::kMasked>(params, table, row, lane, state[m].max, state[m].quantized_sum);
     FinishChannels<T::kMasked>(params, table, ends, lane, o[m]);
     if (params.with_lse) {
       StoreLse<T::kMasked>(params, table, ends, row, lane, state[m].max, state[m].sum);

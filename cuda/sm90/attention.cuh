@@ -286,8 +286,8 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
     if ((T::kMasked ? group_row : ptx::LoadSharedAs<int>(rows + T::kRowAt)) < params.length_q) {
       const int first_row =
           table.first_query + warpgroup * kRows + 16 * __shfl_sync(0xffffffffu, warp, 0);
-      const RowEnds ends = EndsOf<T::kMasked>(params, table, first_row + lane / 4, lane,
-                                              scores.max, row_sum);
+      const RowEnds ends =
+          EndsOf<T::kMasked>(params, table, first_row + lane / 4, lane, scores.max, row_sum);
       // By turns, where all channels at once would be too many registers.
       const auto finish = [&](auto first) {
         constexpr int kFirst = decltype(first)::value;
@@ -298,8 +298,8 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
           // Sums that are still to be finished are there too, of other channels.
           constexpr int kOffset = Pv::kSumsRows ? kFirst * kRowsOfWarp * 4 : 0;
           // The lane anew, or what it makes of it stays in registers from item to item.
-          StoreTile<decltype(type), kFirst>(params, maps, table, first_row,
-                                            ptx::ThreadIndex() % 32, output + kOffset, o);
+          StoreTile<decltype(type), kFirst>(params, maps, table, first_row, ptx::ThreadIndex() % 32,
+                                            output + kOffset, o);
         });
       };
       if (T::kWithLse && params.with_lse) {
@@ -376,8 +376,8 @@ cudaError_t Launch(const AttentionParams& params, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   const uint64_t row = static_cast<uint64_t>(params.head_dim) * SizeOf(params.out_type);
   const uint64_t tokens = params.batch * params.length_q;
-  maps.stores_boxes = row % 16 == 0 && reinterpret_cast<uintptr_t>(params.out) % 16 == 0 &&
-                      tokens <= INT32_MAX;
+  maps.stores_boxes =
+      row % 16 == 0 && reinterpret_cast<uintptr_t>(params.out) % 16 == 0 && tokens <= INT32_MAX;
   if (maps.stores_boxes) {
     error = Encode(&maps.out, {params.out, row, static_cast<uint64_t>(params.heads), tokens,
                                kBoxOfOutput, 1, kRowsOfWarp});

@@ -39,7 +39,7 @@ cudaError_t Encode(CUtensorMap* map, const Tensor& tensor) {
 template <class Pv, int kMost = 4>
 static cudaError_t LaunchPv(const AttentionParams& params, cudaStream_t stream) {
   return params.with_lse ? Launch<Traits<Pv, true, Masking::kPlain, kMost>>(params, stream)
-                          : Launch<Traits<Pv, false, Masking::kPlain, kMost>>(params, stream);
+                         : Launch<Traits<Pv, false, Masking::kPlain, kMost>>(params, stream);
 }
 
 // With 64 channels there are registers for five warpgroups. Up to so many keys four are as fast:

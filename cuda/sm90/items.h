@@ -54,7 +54,11 @@ JAX_SAGE_HOST_DEVICE Place FindPlace(const Cut& cut, unsigned consumers, unsigne
 // How long an item takes with so many groups in use, by the number of consumers; see DESIGN.md.
 constexpr int kMaxConsumers = 5;
 constexpr float kItemTimes[kMaxConsumers + 1][kMaxConsumers + 1] = {
-    {}, {}, {0, 0.9f, 1}, {0, 0.65f, 0.83f, 1}, {0, 0.6f, 0.75f, 0.86f, 1},
+    {},
+    {},
+    {0, 0.9f, 1},
+    {0, 0.65f, 0.83f, 1},
+    {0, 0.6f, 0.75f, 0.86f, 1},
     {0, 0.53f, 0.63f, 0.73f, 0.85f, 1}};
 
 // How long the busiest CTA takes, if items of three kinds follow each other.

@@ -17,7 +17,7 @@ static cudaError_t LaunchFor(const AttentionParams& params, cudaStream_t stream)
 template <int kHeadDim>
 static cudaError_t LaunchFor(const AttentionParams& params, cudaStream_t stream) {
   return params.with_lse ? LaunchFor<kHeadDim, true>(params, stream)
-                          : LaunchFor<kHeadDim, false>(params, stream);
+                         : LaunchFor<kHeadDim, false>(params, stream);
 }
 
 cudaError_t LaunchMaskedFp8(const AttentionParams& params, cudaStream_t stream) {

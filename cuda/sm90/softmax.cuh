@@ -102,7 +102,7 @@ struct Scores {
         for (int i = 0; i < kBlockKv / 2; ++i) s[block][i] += opaque_zero;
       }
       const Seen again_seen = seen.Opaque(opaque_zero);
-      Raise<kFrom, kTo>(sums, again_seen, over);
+      Raise<kFrom, kTo>(sums, first, again_seen, over);
       if constexpr (T::kBiased) {  // for the same reason
 #pragma unroll
         for (int block = kFrom; block < kTo; ++block) ptx::Pin(bias[block]);
@@ -168,7 +168,8 @@ struct Scores {
 
   // Raises m of the rows that are over the limit, by the scores of these blocks.
   template <int kFrom, int kTo, class Seen>
-  __device__ __forceinline__ void Raise(Pv& sums, const Seen& seen, const uint32_t (&over)[2]) {
+  __device__ __forceinline__ void Raise(Pv& sums, bool first, const Seen& seen,
+                                        const uint32_t (&over)[2]) {
     float alpha[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -237,7 +238,7 @@ struct Scores {
     }
     // What was summed so far counts less. Exact, as alpha is a power of two, but for FP16 sums that
     // become subnormal: too small to matter by then.
-    sums.Rescale(alpha);
+    if (!first) sums.Rescale(alpha);
   }
 };
 

@@ -41,8 +41,9 @@ struct Traits {
   // there is, it has 32 registers all the same, and spills some.
   static constexpr bool kFullConsumers =
       !kBiased && (!kMasked || (Pv::kSumsRows && (kWithLse || Pv::kHeadDim > 64)));
-  static constexpr int kProducerRegisters =
-      kConsumers == 5 ? 40 : kConsumers >= 3 && kFullConsumers ? 32 : 56;
+  static constexpr int kProducerRegisters = kConsumers == 5                     ? 40
+                                            : kConsumers >= 3 && kFullConsumers ? 32
+                                                                                : 56;
   static constexpr int kConsumerRegisters = kConsumers == 2   ? 224
                                             : kConsumers == 5 ? 88
                                             : kConsumers == 4 ? 112
