@@ -53,6 +53,7 @@ def prepare(
         raise ValueError(
             "query_segment_ids and key_value_segment_ids belong together: one of them is not given."
         )
+    own_segments = query_segment_ids is key_value_segment_ids
     scores = (*batch, heads, length_q, length_kv)
     masks = Masks(
         bias=_check_array("bias", bias, scores, "[*B, N, T, S]", _DTYPES),
@@ -68,6 +69,8 @@ def prepare(
             "key_value_segment_ids", key_value_segment_ids, batch, S=length_kv
         ),
     )
+    if own_segments:
+        masks = masks._replace(key_value_segment_ids=None)
     if not isinstance(causal_alignment, str) or causal_alignment not in _ALIGNMENTS:
         raise ValueError(f"causal_alignment is {causal_alignment!r}; allowed: {_ALIGNMENTS}.")
     left, right = _check_window(local_window_size)

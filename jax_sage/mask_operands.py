@@ -43,11 +43,10 @@ def make(
     arrays = [rows, groups, key, value]
     if masks.mask is not None:
         arrays += _mask(flat_batch(masks.mask, batch), view.padded_q, key.shape[-3])
-    if masks.query_segment_ids is not None and masks.key_value_segment_ids is not None:
+    key_ids = masks.key_segment_ids()
+    if masks.query_segment_ids is not None and key_ids is not None:
         query = _pad_by_last(flat_batch(masks.query_segment_ids, batch), view.padded_q)
-        ids = _pad_by_last(
-            flat_batch(masks.key_value_segment_ids, batch), round_up(key.shape[-3], TILE)
-        )
+        ids = _pad_by_last(flat_batch(key_ids, batch), round_up(key.shape[-3], TILE))
         arrays += [query, ids, _ranges(query, GROUP), _ranges(ids, TILE)]
     if masks.bias is not None:
         arrays.append(_bias(flat_batch(masks.bias, batch), key.shape[-3]))
@@ -92,8 +91,9 @@ def sorted_segments(
 
     Equal ids are in the order of the keys, and so are the sums of a segment.
     """
-    assert masks.query_segment_ids is not None and masks.key_value_segment_ids is not None
-    ids = flat_batch(masks.key_value_segment_ids, batch)
+    key_ids = masks.key_segment_ids()
+    assert masks.query_segment_ids is not None and key_ids is not None
+    ids = flat_batch(key_ids, batch)
     ids = jnp.broadcast_to(ids, (ids.shape[0], length_kv))
     return _pad_by_last(flat_batch(masks.query_segment_ids, batch), padded_q), *sort_ids(ids)
 

@@ -34,7 +34,12 @@ class Masks(NamedTuple):
     query_seq_lengths: jax.Array | None = None  # int32 [*B]
     key_value_seq_lengths: jax.Array | None = None  # int32 [*B]
     query_segment_ids: jax.Array | None = None  # int32 [*B, T]
-    key_value_segment_ids: jax.Array | None = None  # int32 [*B, S]
+    key_value_segment_ids: jax.Array | None = None  # int32 [*B, S]; None: those of the queries
+
+    def key_segment_ids(self) -> jax.Array | None:
+        if self.key_value_segment_ids is None:
+            return self.query_segment_ids
+        return self.key_value_segment_ids
 
     def given(self) -> tuple[str, ...]:
         return tuple(name for name, array in self._asdict().items() if array is not None)
@@ -109,7 +114,8 @@ class View:
         self.bias = _by_group(masks.bias, kv_heads)  # [*B, K, G, T, S]
         self.mask = _by_group(masks.mask, kv_heads)
         self.query_segments = masks.query_segment_ids
-        self.key_segments = masks.key_value_segment_ids
+        self.key_segments = masks.key_segment_ids()
+        self.own_segments = masks.key_value_segment_ids is None
         self.has_lengths = not (
             masks.query_seq_lengths is None and masks.key_value_seq_lengths is None
         )
@@ -205,6 +211,8 @@ class View:
             visible = visible.any((-3, -2))
             return jnp.broadcast_to(visible, (*visible.shape[:-1], self.length_kv))
         if self.mask is None and self.bias is None:
+            if self.own_segments and not self.has_lengths:  # each by its own query at least
+                return jnp.ones((*(1 for _ in self.kv_len.shape), self.length_kv), bool)
             return self._seen_in_segments()[..., None, :]
         zero = jnp.int32(0)
         shape = jax.eval_shape(lambda: self.block(zero, 1, zero, self.length_kv)[0])

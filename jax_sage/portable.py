@@ -79,10 +79,11 @@ def attention(
         padded_q=padded_q,
     )
     segments = None
-    if masks.query_segment_ids is not None and masks.key_value_segment_ids is not None:
+    key_ids = masks.key_segment_ids()
+    if masks.query_segment_ids is not None and key_ids is not None:
         segments = Segments.find(
             jnp.broadcast_to(masks.query_segment_ids, (*batch, length_q)),
-            jnp.broadcast_to(masks.key_value_segment_ids, (*batch, length_kv)),
+            jnp.broadcast_to(key_ids, (*batch, length_kv)),
         )
     x = quantize(
         query,

@@ -332,9 +332,17 @@ __global__ void __launch_bounds__(kThreads<kHeadDim>) FinishChannels(const Segme
   constexpr int kAtOnce = kPlaces / kHeadDim;
   static_assert(kPlaces % kHeadDim == 0);
   const int c = threadIdx.x % kHeadDim;
+  int turn = threadIdx.x / kHeadDim;  // 0: this thread's
 #pragma unroll 1
-  for (int i = threadIdx.x / kHeadDim; i < kPlaces; i += kAtOnce) {
-    if ((begins[i / 32] >> i % 32 & 1) == 0) continue;
+  for (int i = 0; i < kPlaces; ++i) {
+    const uint32_t left = begins[i / 32] >> i % 32;
+    if (left == 0) {
+      i |= 31;  // none in these 32
+      continue;
+    }
+    i += __ffs(left) - 1;
+    if (turn-- != 0) continue;
+    turn = kAtOnce - 1;
     const int64_t slot = head * static_cast<int64_t>(params.length_kv) + first + i;
     float* channels = params.slot_channels + slot * (kSlotRows * kHeadDim) + c;
     const ValueChannel value(channels[kSlotOffset * kHeadDim], channels[kSlotScale * kHeadDim]);

@@ -69,6 +69,12 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       q.Load(ptx::LoadSharedAs<const int8_t*>(rows + T::kQAt), 16 * warp + lane / 4, lane);
     }
     Scores<T> scores;
+    if constexpr (T::kMasked) {
+      // With plans the compiler does not see that a warp agrees on when to promote: to wait there
+      // would part the warp, for all that it knows, and take the loop its uniform registers.
+      ptx::WaitForStores();
+      __syncwarp();
+    }
     Pv sums(output + lane * 16);
     const auto load_scales = [&] {
       ptx::BarrierWait(barriers.KFull(ring.stage), ring.parity);
@@ -122,7 +128,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       ptx::WgmmaWait<0>();
 #pragma unroll
       for (int block = 0; block < T::kBlocks; ++block) ptx::Pin(p[block]);
-      sums.Retire(count, !T::kMasked && is_last);
+      sums.Retire(count, !T::kMasked && is_last, !T::kMasked);
       release(barriers.VEmpty(stage));
     };
     // Of a row, `half` of this thread's two.
@@ -158,6 +164,23 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       } else if constexpr (T::kBiased) {
         BiasRows(params, batch(), head(), row()).Load(scores.bias[0], tile * T::kTile, lane);
       }
+    };
+    // Tiles of the item that only the other warpgroups see.
+    [[maybe_unused]] const auto pass = [&](int tiles) {
+#pragma unroll 1
+      for (; tiles > 0; --tiles, ring.Next()) {
+        ptx::BarrierWait(barriers.KFull(ring.stage), ring.parity);
+        ptx::BarrierArrive(barriers.KEmpty(ring.stage));
+        ptx::BarrierWait(barriers.VFull(ring.stage), ring.parity);
+        release(barriers.VEmpty(ring.stage));
+      }
+    };
+    [[maybe_unused]] const auto item_first = [&] {
+      return ptx::LoadSharedAs<int>(rows + T::kItemAt);
+    };
+    [[maybe_unused]] const auto bounds = [&] {
+      return params.masks.rows != nullptr ? ptx::LoadSharedAs<int4>(rows + T::kBoundsAt)
+                                          : BoundsOf(params, group_row, kRows);
     };
     int my_tiles;
     if constexpr (T::kMasked) {
@@ -220,21 +243,6 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
         ++my_tiles;
       } while (!is_last);
     } else {
-      // Tiles of the item that only the other warpgroups see.
-      const auto pass = [&](int tiles) {
-#pragma unroll 1
-        for (; tiles > 0; --tiles, ring.Next()) {
-          ptx::BarrierWait(barriers.KFull(ring.stage), ring.parity);
-          ptx::BarrierArrive(barriers.KEmpty(ring.stage));
-          ptx::BarrierWait(barriers.VFull(ring.stage), ring.parity);
-          release(barriers.VEmpty(ring.stage));
-        }
-      };
-      const auto item_first = [&] { return ptx::LoadSharedAs<int>(rows + T::kItemAt); };
-      const auto bounds = [&] {
-        return params.masks.rows != nullptr ? ptx::LoadSharedAs<int4>(rows + T::kBoundsAt)
-                                            : BoundsOf(params, group_row, kRows);
-      };
       Extent mine{};
       if (group_row < params.length_q) mine = ExtentOf<T::kTile>(bounds());
       my_tiles = mine.end - mine.first;

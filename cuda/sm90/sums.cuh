@@ -107,12 +107,15 @@ struct PvFp8 {
     }
     ptx::WgmmaCommit();
   }
-  // PV of the tile has completed. What is there after the last waits for Finish().
-  __device__ __forceinline__ void Retire(int tile, bool is_last) {
+  // PV of the tile has completed. What is there after the last waits for Finish(). `stores`: those
+  // of the item before may still read the output.
+  __device__ __forceinline__ void Retire(int tile, bool is_last, bool stores) {
     ptx::Pin(sums);
     if ((tile + 1) % kPromoteTiles != 0 || is_last) return;
-    ptx::WaitForStores();  // of the item before, from the output
-    __syncwarp();
+    if (stores) {
+      ptx::WaitForStores();
+      __syncwarp();
+    }
     const auto promote = [&](auto any) {
 #pragma unroll
       for (int i = 0; i < kHeadDim / 8; ++i) {
@@ -247,7 +250,7 @@ struct PvFp16 {
     }
     ptx::WgmmaCommit();
   }
-  __device__ __forceinline__ void Retire(int, bool) { ptx::Pin(sums); }
+  __device__ __forceinline__ void Retire(int, bool, bool) { ptx::Pin(sums); }
   __device__ __forceinline__ void Rescale(const float (&alpha)[2]) {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) sums[i] *= alpha[i / 2 % 2];
