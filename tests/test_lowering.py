@@ -278,6 +278,15 @@ def test_masks_are_lowered_to_kernels(name):
 
 
 @needs_module
+def test_ids_that_queries_and_keys_share_are_sorted_once():
+    """Others are sorted a second time, to find the keys that are seen."""
+    ids = np.zeros((3, 300), np.int32)
+    for keys, sorts in ((ids, 1), (ids.copy(), 2)):
+        text = lower((3, 300, 8, 80), query_segment_ids=ids, key_value_segment_ids=keys)
+        assert operations(text).count("sort") == sorts
+
+
+@needs_module
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_segments_are_quantized_by_the_kernels(recipe):
     """XLA sorts the ids; out is what the kernel gives."""
@@ -678,6 +687,14 @@ def test_masks_may_have_ones():
     args[-1] = (dtype, [*dims[:3], 2])  # two columns stand for all keys
     assert complaint("attention", args, results, attrs) is None
     assert "bias is F16" in complaint("attention", [*args[:-1], (dtype, [1] * 4)], results, attrs)
+
+
+@needs_module
+def test_intervals_that_no_array_decides_are_constants():
+    """Making them takes launches; beyond so many queries they are made, not part of the program."""
+    for length, constant in ((600, True), (20000, False)):
+        text = lower((1, length, 2, 64), local_window_size=(30, 30))
+        assert ("minimum" in operations(text)) != constant
 
 
 @needs_module

@@ -92,7 +92,8 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
     }
     // The tile in the ring's stage, the count-th of this warpgroup. `softmax` makes P of the scores
     // of some blocks; `next` moves the ring on, beneath PV.
-    const auto compute = [&](int count, bool is_last, auto softmax, auto next) {
+    const auto compute = [&](int count, auto softmax, auto next) {
+      sums.Begin(count, !T::kMasked);
       const unsigned stage = ring.stage;
       const uint32_t v_full = barriers.VFull(stage), v_parity = ring.parity;
       const uint64_t k = k_tiles + stage * (T::kKBytes / 16);
@@ -117,7 +118,6 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
         softmax(Blocks<1, T::kBlocks>(), p);
       }
       ptx::BarrierArrive(barriers.KEmpty(stage));
-      if (is_last) ptx::BarrierArrive(barriers.QEmpty(warpgroup));
       if constexpr (Pv::kByBlocks) {
         sums.Issue(Blocks<1, T::kBlocks>(), p, v, count);
       } else {
@@ -128,7 +128,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       ptx::WgmmaWait<0>();
 #pragma unroll
       for (int block = 0; block < T::kBlocks; ++block) ptx::Pin(p[block]);
-      sums.Retire(count, !T::kMasked && is_last, !T::kMasked);
+      sums.Retire();
       release(barriers.VEmpty(stage));
     };
     // Of a row, `half` of this thread's two.
@@ -208,7 +208,6 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
         const unsigned view = plan >> (kViewBits * warpgroup) & ((1 << kViewBits) - 1);
         if (view == kNone) {
           ptx::BarrierArrive(barriers.KEmpty(ring.stage));
-          if (is_last) ptx::BarrierArrive(barriers.QEmpty(warpgroup));
           ptx::BarrierWait(barriers.VFull(ring.stage), ring.parity);
           release(barriers.VEmpty(ring.stage));
           ring.Next();
@@ -236,12 +235,13 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
           }
           scores.Softmax(blocks, p, sums, my_tiles == 0, seen, T::kTile, opaque_zero);
         };
-        compute(my_tiles, is_last, softmax, [&] {
+        compute(my_tiles, softmax, [&] {
           ring.Next();
           if (!is_last) load_plan();
         });
         ++my_tiles;
       } while (!is_last);
+      ptx::BarrierArrive(barriers.QEmpty(warpgroup));
     } else {
       Extent mine{};
       if (group_row < params.length_q) mine = ExtentOf<T::kTile>(bounds());
@@ -277,7 +277,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
           if constexpr (T::kBlocks > 1) keys = bounds().y - tile * T::kTile;
           scores.Softmax(blocks, p, sums, count == 0, seen, keys, opaque_zero);
         };
-        compute(count, count + 1 == my_tiles, softmax, [&] {
+        compute(count, softmax, [&] {
           ring.Next();
           if (count + 1 < my_tiles) {
             load_scales();
@@ -285,11 +285,11 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
           }
         });
       }
-      if (my_tiles == 0) ptx::BarrierArrive(barriers.QEmpty(warpgroup));
+      ptx::BarrierArrive(barriers.QEmpty(warpgroup));
       pass(ptx::LoadSharedAs<int>(rows + T::kItemAt + 4) - mine.end);
     }
     float row_sum[2];
-    sums.FinishRowSums(row_sum, scores.sum, my_tiles, !T::kMasked);
+    sums.FinishRowSums(row_sum, scores.sum);
     ptx::BarrierWait(barriers.TableFull(), turn & 1);
     if ((T::kMasked ? group_row : ptx::LoadSharedAs<int>(rows + T::kRowAt)) < params.length_q) {
       const int first_row =
@@ -300,7 +300,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       const auto finish = [&](auto first) {
         constexpr int kFirst = decltype(first)::value;
         float o[T::kTurn / 8][4];
-        sums.template Finish<kFirst>(o, my_tiles, !T::kMasked);
+        sums.template Finish<kFirst>(o, my_tiles);
         FinishChannels<T::kMasked, kFirst>(params, table, ends, lane, o);
         WithOutputType(params.out_type, [&](auto type) {
           // Sums that are still to be finished are there too, of other channels.

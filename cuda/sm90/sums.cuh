@@ -1,9 +1,9 @@
 // PV and where its sums live: one class for each type of P and V.
 //
-// Of a warpgroup's tiles, in order: Issue() starts PV of some blocks, or all, and Retire() follows
-// when that of all has completed. Rescale() may come before an Issue, when no PV is under way.
-// FinishRowSums() gives these, and then Finish() the output, of kTiles times 8 channels from kFirst
-// on. Where it is not known which tile is the last, it is retired like the others: both are told.
+// Of a warpgroup's tiles, in order: after Begin() Issue() starts PV of some blocks, or all, and
+// Retire() follows when that of all has completed. Rescale() may come before an Issue, when no PV
+// is under way. FinishRowSums() gives these, and then Finish() the output, of kTiles times 8
+// channels from kFirst on.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -107,11 +107,10 @@ struct PvFp8 {
     }
     ptx::WgmmaCommit();
   }
-  // PV of the tile has completed. What is there after the last waits for Finish(). `stores`: those
-  // of the item before may still read the output.
-  __device__ __forceinline__ void Retire(int tile, bool is_last, bool stores) {
-    ptx::Pin(sums);
-    if ((tile + 1) % kPromoteTiles != 0 || is_last) return;
+  // Before a tile: the sums make room where they have run over kPromoteTiles. `stores`: those of
+  // the item before may still read the output.
+  __device__ __forceinline__ void Begin(int tile, bool stores) {
+    if (tile % kPromoteTiles != 0 || tile == 0) return;
     if (stores) {
       ptx::WaitForStores();
       __syncwarp();
@@ -124,7 +123,7 @@ struct PvFp8 {
         ptx::StoreSharedAs(output + i * 512, make_float4(o[0], o[1], o[2], o[3]));
       }
     };
-    if (tile >= kPromoteTiles) {
+    if (tile > kPromoteTiles) {
       promote(std::true_type());
     } else {
       promote(std::false_type());
@@ -132,6 +131,8 @@ struct PvFp8 {
     pending[0] = pending[1] = 1;
     AddRowSums();
   }
+  // PV of the tile has completed.
+  __device__ __forceinline__ void Retire() { ptx::Pin(sums); }
   __device__ __forceinline__ void Rescale(const float (&alpha)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -143,19 +144,14 @@ struct PvFp8 {
       }
     }
   }
-  __device__ __forceinline__ void FinishRowSums(float (&total)[2], const float (&)[2], int tiles,
-                                                bool knew_last) {
-    if (!knew_last && tiles % kPromoteTiles == 0) {  // promoted already
-#pragma unroll
-      for (uint32_t& x : sums) x = 0;
-    }
+  __device__ __forceinline__ void FinishRowSums(float (&total)[2], const float (&)[2]) {
     AddRowSums();
     total[0] = row_sum[0];
     total[1] = row_sum[1];
   }
   template <int kFirst, int kTiles>
-  __device__ __forceinline__ void Finish(float (&o)[kTiles][4], int tiles, bool knew_last) {
-    if (tiles >= kPromoteTiles + knew_last) {
+  __device__ __forceinline__ void Finish(float (&o)[kTiles][4], int tiles) {
+    if (tiles > kPromoteTiles) {
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) Promoted<true>(o[i], kFirst / 8 + i);
     } else {
@@ -250,13 +246,13 @@ struct PvFp16 {
     }
     ptx::WgmmaCommit();
   }
-  __device__ __forceinline__ void Retire(int, bool, bool) { ptx::Pin(sums); }
+  __device__ __forceinline__ void Begin(int, bool) {}
+  __device__ __forceinline__ void Retire() { ptx::Pin(sums); }
   __device__ __forceinline__ void Rescale(const float (&alpha)[2]) {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) sums[i] *= alpha[i / 2 % 2];
   }
-  __device__ __forceinline__ void FinishRowSums(float (&total)[2], const float (&sum)[2], int,
-                                                bool) {
+  __device__ __forceinline__ void FinishRowSums(float (&total)[2], const float (&sum)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       total[half] = sum[half] + __shfl_xor_sync(0xffffffffu, sum[half], 1);
@@ -264,7 +260,7 @@ struct PvFp16 {
     }
   }
   template <int kFirst, int kTiles>
-  __device__ __forceinline__ void Finish(float (&o)[kTiles][4], int, bool) {
+  __device__ __forceinline__ void Finish(float (&o)[kTiles][4], int) {
 #pragma unroll
     for (int i = 0; i < 4 * kTiles; ++i) o[i / 4][i % 4] = sums[kFirst / 2 + i];
   }
