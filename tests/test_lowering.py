@@ -692,9 +692,11 @@ def test_masks_may_have_ones():
 @needs_module
 def test_intervals_that_no_array_decides_are_constants():
     """Making them takes launches; beyond so many queries they are made, not part of the program."""
-    for length, constant in ((600, True), (20000, False)):
+    for length, padded, constant in ((600, 640, True), (20000, 20096, False)):
         text = lower((1, length, 2, 64), local_window_size=(30, 30))
-        assert ("minimum" in operations(text)) != constant
+        rows = f"tensor<1x{padded}x2xi32>"
+        assert rows in custom_calls(text)["jax_sage_attention"]
+        assert (re.search(f"constant dense<.*> : {rows}", text) is not None) == constant
 
 
 @needs_module
