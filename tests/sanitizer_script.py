@@ -18,7 +18,7 @@ CASES = [
     (1, 129, 65, 2, 1, 64, "bfloat16", "8+16", False),
     (2, 67, 191, 4, 2, 128, "float32", "8+16", True),
     (1, 33, 513, 1, 1, 40, "float16", "8+16", False),
-    (1, 130, 4200, 1, 1, 64, "bfloat16", "8+8", False),  # in larger tiles than fewer keys
+    (1, 130, 4200, 1, 1, 64, "bfloat16", "8+8", False),  # by five warpgroups
 ]
 # For these there are none on mma.sync.
 LARGE = [
@@ -94,7 +94,6 @@ def run_masked(
     # Where a row sees nothing its output is 0, and lse -inf; without lse there is only the former.
     sees = lse > -jnp.inf if with_lse else (out != 0).any(-1)
     assert bool(((out == 1).all(-1) == sees).all())
-    assert bool(((out == 0).all(-1) != sees).all())
     print("ran", recipe, "mma.sync" if mma_sync else "own", kinds, flush=True)
 
 

@@ -389,6 +389,40 @@ def test_masks_of_more_items_than_sms(kind, recipe):
     check(q, k, v, recipe=recipe, **given)
 
 
+FIVE_HEAD_DIMS = pytest.mark.parametrize("head_dim", [64, 60])  # 60: rows that TMA does not store
+
+
+def inputs_of_five_warpgroups(head_dim):
+    """More than 1024 keys with heads of 64: FP16 sums are promoted, in several items of a CTA."""
+    return inputs("normal", (1, 700, 4, head_dim), (1, 1300, 2, head_dim), "bfloat16")
+
+
+@FIVE_HEAD_DIMS
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True, "causal_alignment": "bottom_right"},
+        {"local_window_size": (700, 650)},
+        {"key_value_seq_lengths": np.array([1111])},
+    ],
+    ids=str,
+)
+def test_five_warpgroups(options, head_dim):
+    check(*inputs_of_five_warpgroups(head_dim), recipe="8+8", **options)
+
+
+@FIVE_HEAD_DIMS
+def test_what_is_not_finite_in_five_warpgroups(head_dim):
+    """Query t sees the keys up to t + 600."""
+    q, k, v = inputs_of_five_warpgroups(head_dim)
+    k[0, 1000, 1, 3] = v[0, 900, 0, 5] = np.nan
+    out = jax_sage.attention(q, k, v, is_causal=True, causal_alignment="bottom_right")
+    expected = np.zeros(out.shape, bool)
+    expected[0, 400:, 2:] = expected[0, 300:, :2, 5] = True
+    np.testing.assert_array_equal(np.isnan(np.asarray(out)), expected)
+
+
 # How it runs.
 
 

@@ -132,7 +132,7 @@ def test_the_lowering_can_ask_for_mma_sync(recipe):
 
 
 @needs_module
-def test_lse_need_not_be_exact_where_it_is_not_asked_for():
+def test_lse_need_not_be_made_where_it_is_not_asked_for():
     call = custom_calls(lower((2, 300, 4, 64), return_residual=False))["jax_sage_attention"]
     assert attribute(call, "with_lse") == ("0", "i64")
 
