@@ -116,24 +116,24 @@ def test_kernels_on_wgmma_keep_to_registers_and_stay_asynchronous(source, tmp_pa
     assert used
     for name, memory in used.items():
         # The producer plans with a mask or segments, and may have a few registers too few;
-        # consumers not in their loop, but where a bias is with FP32 sums. Five consumers keep a
-        # value there at the end of an item.
+        # consumers not in their loop, but where a bias is with FP32 sums.
         biased = "MaskingE1" in name or "MaskingE3" in name
         masked = "MaskingE0" not in name
         biased_fp16 = biased and "PvFp16" in name
         if biased_fp16 and "ILi256E" in name:
             assert sum(memory) <= 160, name
             continue
-        assert sum(memory) <= (48 if masked else 8), name
+        assert sum(memory) <= (48 if masked else 0), name
         instructions = parse(functions[name])
         # A CTA may start before the quantization has ended: it reads nothing before it has waited.
         first = [x[1] for x in instructions].index("ACQBULK")
         assert not [x for x in instructions[:first] if re.match("LDG|UTMALDG|UBLKCP", x[1])], name
         loop = matrix_range(instructions)
-        # Descriptors of K stay in uniform registers: moving them there took masks a tenth longer.
+        # Descriptors of K stay in uniform registers: where they were moved there, 5 to 14 times,
+        # masks took a tenth longer. With FP32 sums there is one such move.
         qk = [i for i, x in enumerate(loop) if x[1].startswith("IGMMA")]
         between = [x[1] for x in loop[qk[0] : qk[-1]]]
-        assert len(qk) == 1 or between.count("R2UR") <= 2, name
+        assert between.count("R2UR") <= 1, name
         assert biased_fp16 or not [x for x in loop if x[1].startswith(("LDL", "STL"))], name
 
 
