@@ -84,6 +84,9 @@ def attention(
         out, lse = _masked(
             run, query, key, value, masks, scale_log2=scale_log2, band=band, recipe=recipe
         )
+    if not with_lse:
+        # A kernel leaves it as it is. An eager call has it as a result, where jax_debug_nans looks.
+        lse = jnp.zeros_like(lse)
     return out if value_dim == head_dim else out[..., :value_dim], lse
 
 

@@ -3,8 +3,8 @@
 ``attention_p.bind(q, k, v, *masks, given=, band=, scale_log2=, with_lse=, recipe=)`` gives (out,
 lse), with the layouts of :func:`jax_sage.attention`. ``given`` names the arrays of
 :class:`jax_sage.masking.Masks` that ``masks`` holds, each with as many batch dimensions as query.
-``scale_log2`` is the softmax scale times log2(e). Without ``with_lse`` a kernel leaves lse as
-it is, nothing in particular.
+``scale_log2`` is the softmax scale times log2(e). Without ``with_lse`` lse is 0 where a
+kernel runs.
 """
 
 import functools

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads)
       if ((bad_out >> row & 1) && c < attention.head_dim) {
         static_cast<Type*>(attention.out)[index * attention.head_dim + c] = Convert<Type>(kNan);
       }
-      if ((bad_lse >> row & 1) && c == 0) attention.lse[index] = kNan;
+      if ((bad_lse >> row & 1) && c == 0 && attention.with_lse) attention.lse[index] = kNan;
     }
   }
 }

@@ -1,7 +1,7 @@
 // Quantized attention on Hopper's wgmma. DESIGN.md beside this file has the roles, the budgets of
 // registers and shared memory, and what else was tried.
 //
-// A CTA stays on its SM and works off items: up to 64 queries of one head for each of two to four
+// A CTA stays on its SM and works off items: up to 64 queries of one head for each of two to five
 // consumer warpgroups, which work for themselves: QK^T, softmax, PV, one after the other. While one
 // waits for the matrix unit or for its exponentials, the others use what it leaves. A producer warp
 // loads K and V by TMA, running ahead into the next item.

@@ -1,5 +1,6 @@
-// Outputs from registers to global memory, by way of shared memory: whole rows at a time. Straight
-// from the fragments, 16 bytes of 8 rows per instruction, the stores took as long as two tiles.
+// Outputs from registers to global memory, by way of shared memory: 128 bytes of 16 rows at a time,
+// by TMA, or number by number where rows are not aligned or not all there. Straight from the
+// fragments, 16 bytes of 8 rows per instruction, the stores took as long as two tiles.
 #pragma once
 
 #include "common/epilogue.cuh"

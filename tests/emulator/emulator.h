@@ -55,7 +55,7 @@ constexpr int kMultiprocessors = 3;  // few: a CTA that stays gets several items
 alignas(1024) inline uint8_t shared_memory[kSharedBytes];
 
 // So that what is not written shows.
-inline void Poison(void* data, size_t bytes) { std::memset(data, 0xa5, bytes); }
+inline void Poison(void* data, size_t bytes, int byte = 0xa5) { std::memset(data, byte, bytes); }
 
 // Ends the launch with an error.
 [[noreturn]] void Fail(const std::string& message);

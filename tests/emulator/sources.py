@@ -70,7 +70,7 @@ def translate(path: Path) -> str:
 
 
 def poison_results(source: str) -> str:
-    """Of ffi.cc: results are nothing in particular when a handler begins."""
+    """Of ffi.cc: results are NaN when a handler begins, or -1."""
     for place, buffers in (
         ("    results.push_back(Describe(out.back()));\n", ["out.back()"]),
         ("  AttentionParams params{};\n", ["(*out)", "(*lse)"]),
@@ -79,7 +79,7 @@ def poison_results(source: str) -> str:
     ):
         assert source.count(place) == 1, place
         poison = "".join(
-            f"emulator::Poison({x}.untyped_data(), {x}.size_bytes());" for x in buffers
+            f"emulator::Poison({x}.untyped_data(), {x}.size_bytes(), 0xff);" for x in buffers
         )
         source = source.replace(place, f"{place}{poison}\n")
     return source
