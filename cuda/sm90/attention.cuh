@@ -50,13 +50,13 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
   // of one lane.
   const auto release = [&](uint32_t barrier) {
     __syncwarp();
-    if (lane == 0) ptx::BarrierArrive(barrier);
+    ptx::BarrierArriveOfWarp(barrier);
   };
   const uint32_t opaque_zero = work.cut.items >> 31;
   const int bias_warp = 4 * warpgroup + __shfl_sync(0xffffffffu, warp, 0);
   BiasBuffer<Barriers<T>::kBiasEmpty> bias(shared + T::kBias + bias_warp * T::kBiasOfWarp,
                                            barriers.BiasFull(bias_warp), maps,
-                                           params.masks.bias_type);
+                                           params.masks.bias_type, lane);
   Ring<T::kStages> ring;
   for (unsigned turn = 0; work.Any(turn); ++turn) {
     ptx::BarrierWait(barriers.QFull(warpgroup), turn & 1);
@@ -157,7 +157,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
     const auto read_bias = [&](int tile) {
       if constexpr (T::kCopiesBias) {
         if (bias.IsCopied()) {
-          bias.Read(scores.bias[0], lane);
+          bias.Read(scores.bias[0]);
         } else {
           BiasRows(params, batch(), head(), row()).Spread(scores.bias[0]);
         }

@@ -53,8 +53,16 @@ template <int kEmpty>
 class BiasBuffer {
  public:
   __device__ __forceinline__ BiasBuffer(uint32_t buffer, uint32_t full, const TensorMaps& maps,
-                                        DType type)
-      : buffer_(buffer), full_(full), bytes_(maps.bias_bytes), type_(type) {}
+                                        DType type, uint32_t lane)
+      : buffer_(buffer), full_(full), bytes_(maps.bias_bytes), type_(type) {
+    // Units are exchanged by the number of the line: of the first of row `row` by lines * row % 8,
+    // and in the second by 1 more.
+    const uint32_t row = IsOneRow() ? 0 : lane / 4, quad = lane & 3;
+    const uint32_t lines = type == DType::kF32 ? 2 : 1;
+    pair_ = buffer + row * (lines * kBiasLine) + ((4 * lines * quad) ^ (row * lines % 8 * 16));
+    // Computed anew for each tile otherwise, one instruction after the other.
+    asm volatile("" : "+r"(pair_));
+  }
 
   // Otherwise all keys have the same, and there is nothing to copy.
   __device__ __forceinline__ bool IsCopied() const { return bytes_ != 0; }
@@ -75,16 +83,15 @@ class BiasBuffer {
   }
 
   // All lanes. Element 4n + 2 * half + e is that of key 8n + 2(lane % 4) + e.
-  __device__ __forceinline__ void Read(float (&bias)[kBlockKv / 2], int lane) {
+  __device__ __forceinline__ void Read(float (&bias)[kBlockKv / 2]) {
     ptx::BarrierWait(full_, parity_);
     parity_ ^= 1;
-    const uint32_t row = IsOneRow() ? 0 : lane / 4, quad = lane & 3;
     if (type_ == DType::kF32) {
-      ReadAs<float2>(bias, row, quad);
+      ReadAs<float2>(bias);
     } else if (type_ == DType::kBf16) {
-      ReadAs<__nv_bfloat162>(bias, row, quad);
+      ReadAs<__nv_bfloat162>(bias);
     } else {
-      ReadAs<__half2>(bias, row, quad);
+      ReadAs<__half2>(bias);
     }
     ptx::BarrierArrive(full_ + kEmpty);
   }
@@ -92,17 +99,12 @@ class BiasBuffer {
  private:
   __device__ __forceinline__ bool IsOneRow() const { return bytes_ < kBiasRows * kBiasLine; }
   template <class P>
-  __device__ __forceinline__ void ReadAs(float (&bias)[kBlockKv / 2], uint32_t row,
-                                         uint32_t quad) const {
+  __device__ __forceinline__ void ReadAs(float (&bias)[kBlockKv / 2]) const {
     constexpr uint32_t kPair = sizeof(P), kLines = kPair / 4;
-    // Pair 4n + quad of a row, where units are exchanged by the number of the line: that is by
-    // kLines * row % 8, and in the second line by 1 more.
-    const uint32_t pair =
-        buffer_ + row * (kLines * kBiasLine) + ((quad * kPair) ^ (row * kLines % 8 * 16));
 #pragma unroll
     for (uint32_t n = 0; n < kBlockKv / 8; ++n) {
       const uint32_t byte = 4 * n * kPair;
-      const uint32_t at = pair ^ byte ^ (byte / kBiasLine * 16);
+      const uint32_t at = pair_ ^ byte ^ (byte / kBiasLine * 16);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float2 x = BiasPair(ptx::LoadSharedAs<P>(at + half * (8 * kLines * kBiasLine)));
@@ -115,6 +117,7 @@ class BiasBuffer {
   uint32_t buffer_, full_;  // address of the buffer, and of the barrier that bytes complete
   int bytes_;               // that are copied of a tile
   DType type_;
+  uint32_t pair_;        // address of the lane's first pair of its first row
   uint32_t parity_ = 0;  // of the barrier's phase that the next Read waits for
 };
 

@@ -65,6 +65,10 @@ void CopyBox(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int c0, 
 void CopyBulk(uint32_t shared, const void* global, int bytes, uint32_t barrier);
 inline void FenceBarrierInit() {}
 inline void FenceAsyncProxy() {}
+inline void BarrierArriveOfWarp(uint32_t barrier) {
+  ThisWarp().Meet();
+  if (Lane() == 0) BarrierArrive(barrier);
+}
 inline void BarrierExpectOfWarp(uint32_t barrier, int bytes) {
   ThisWarp().Meet();
   if (Lane() == 0) BarrierExpect(barrier, bytes);
