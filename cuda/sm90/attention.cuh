@@ -90,20 +90,29 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
           ptx::LoadSharedAs<float>(shared + T::kQScales + warpgroup * T::kQScaleBytes +
                                    (16 * warp + lane / 4 + 8 * half) * 4);
     }
-    // The tile in the ring's stage, the count-th of this warpgroup. `softmax` makes P of the scores
-    // of some blocks; `next` moves the ring on, beneath PV.
-    const auto compute = [&](int count, auto softmax, auto next) {
-      sums.Begin(count, !T::kMasked);
-      const unsigned stage = ring.stage;
-      const uint32_t v_full = barriers.VFull(stage), v_parity = ring.parity;
-      const uint64_t k = k_tiles + stage * (T::kKBytes / 16);
-      const uint64_t v = v_tiles + stage * (Pv::kStride / 16);
+    // QK^T of the tile in the ring's stage.
+    const auto issue_qk = [&] {
+      const uint64_t k = k_tiles + ring.stage * (T::kKBytes / 16);
       ptx::WgmmaFence();
 #pragma unroll
       for (int block = 0; block < T::kBlocks; ++block) {
         static_assert(T::kBlocks == 1 || T::kHeadDim <= kBoxChannels);
         IssueQk<T::kHeadDim>(scores.s[block], q, k + block * (kBlockKv * T::kHeadDim / 16));
       }
+    };
+    const auto wait_for_qk = [&] {
+      ptx::WgmmaWait<0>();
+#pragma unroll
+      for (int block = 0; block < T::kBlocks; ++block) ptx::Pin(scores.s[block]);
+    };
+    // The tile in the ring's stage, the count-th of this warpgroup. `softmax` makes P of the scores
+    // of some blocks; `next` moves the ring on, beneath PV, and says whether there is another tile.
+    const auto compute = [&](int count, auto softmax, auto next) {
+      sums.Begin(count, !T::kMasked);
+      const unsigned stage = ring.stage;
+      const uint32_t v_full = barriers.VFull(stage), v_parity = ring.parity;
+      const uint64_t v = v_tiles + stage * (Pv::kStride / 16);
+      if constexpr (!T::kQkAhead) issue_qk();
       // Beneath QK^T: V is there by now, as a rule.
       const bool has_v = ptx::BarrierTest(v_full, v_parity);
       const auto wait_for_v = [&] {
@@ -124,12 +133,23 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
         wait_for_v();
         sums.Issue(Blocks<0, T::kBlocks>(), p, v, count);
       }
-      next();
-      ptx::WgmmaWait<0>();
+      const bool more = next();
+      const auto retire = [&] {
 #pragma unroll
-      for (int block = 0; block < T::kBlocks; ++block) ptx::Pin(p[block]);
-      sums.Retire();
-      release(barriers.VEmpty(stage));
+        for (int block = 0; block < T::kBlocks; ++block) ptx::Pin(p[block]);
+        sums.Retire();
+        release(barriers.VEmpty(stage));
+      };
+      if (T::kQkAhead && more) {
+        issue_qk();
+        ptx::WgmmaWait<1>();
+        retire();
+      } else {
+        ptx::WgmmaWait<0>();
+        retire();
+      }
+      // Also of QK^T: ptxas follows no matrix instruction around the loop.
+      if constexpr (T::kQkAhead) wait_for_qk();
     };
     // Of a row, `half` of this thread's two.
     const auto interval_of = [&](int half) {
@@ -238,6 +258,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
         compute(my_tiles, softmax, [&] {
           ring.Next();
           if (!is_last) load_plan();
+          return !is_last;
         });
         ++my_tiles;
       } while (!is_last);
@@ -252,6 +273,10 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
         load_scales();
         copy_bias(mine.first);
         read_bias(mine.first);
+        if constexpr (T::kQkAhead) {
+          issue_qk();
+          wait_for_qk();
+        }
       }
       const int first_whole = mine.first_whole - mine.first;
       const int end_whole = mine.end_whole - mine.first;
@@ -283,6 +308,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
             load_scales();
             read_bias(mine.first + count + 1);
           }
+          return count + 1 < my_tiles;
         });
       }
       ptx::BarrierArrive(barriers.QEmpty(warpgroup));

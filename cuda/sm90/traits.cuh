@@ -54,6 +54,9 @@ struct Traits {
                 65536 / kThreads / 8 * 8 * (kConsumers + 1));
   static constexpr int kTile = Pv::kTile;  // keys
   static constexpr int kBlocks = kTile / kBlockKv;
+  // QK^T of the next tile is issued behind PV of this one. It only pays here; see DESIGN.md.
+  static constexpr bool kQkAhead =
+      !Pv::kSumsRows && kBlocks == 1 && kMasking == Masking::kPlain && kConsumers == 3;
   // Q of 256 channels does not fit beside their FP32 output; two consumers have registers for it.
   static constexpr bool kQInRegisters = Pv::kSumsRows && kHeadDim > 128;
   // A row of a box of Q or K, as it is swizzled.
