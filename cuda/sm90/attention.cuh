@@ -105,8 +105,8 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
 #pragma unroll
       for (int block = 0; block < T::kBlocks; ++block) ptx::Pin(scores.s[block]);
     };
-    // The tile in the ring's stage, the count-th of this warpgroup. `softmax` makes P of the scores
-    // of some blocks; `next` moves the ring on, beneath PV, and says whether there is another tile.
+    // The tile in the ring's stage, the count-th of this warpgroup. `softmax` makes P of the
+    // scores; `next` moves the ring on, beneath PV, and says whether there is another tile.
     const auto compute = [&](int count, auto softmax, auto next) {
       sums.Begin(count, !T::kMasked);
       const unsigned stage = ring.stage;
@@ -115,24 +115,11 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       if constexpr (!T::kQkAhead) issue_qk();
       // Beneath QK^T: V is there by now, as a rule.
       const bool has_v = ptx::BarrierTest(v_full, v_parity);
-      const auto wait_for_v = [&] {
-        if (!has_v) ptx::BarrierWait(v_full, v_parity);
-      };
       uint32_t p[T::kBlocks][Pv::kRegisters];
-      constexpr int kFirstBlocks = Pv::kByBlocks ? 1 : T::kBlocks;
-      softmax(Blocks<0, kFirstBlocks>(), p);
-      if constexpr (Pv::kByBlocks) {
-        wait_for_v();
-        sums.Issue(Blocks<0, 1>(), p, v, count);
-        softmax(Blocks<1, T::kBlocks>(), p);
-      }
+      softmax(p);
       ptx::BarrierArrive(barriers.KEmpty(stage));
-      if constexpr (Pv::kByBlocks) {
-        sums.Issue(Blocks<1, T::kBlocks>(), p, v, count);
-      } else {
-        wait_for_v();
-        sums.Issue(Blocks<0, T::kBlocks>(), p, v, count);
-      }
+      if (!has_v) ptx::BarrierWait(v_full, v_parity);
+      sums.Issue(p, v, count);
       const bool more = next();
       const auto retire = [&] {
 #pragma unroll
@@ -234,11 +221,11 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
           if (!is_last) load_plan();
           continue;
         }
-        const auto softmax = [&](auto blocks, uint32_t (&p)[T::kBlocks][Pv::kRegisters]) {
+        const auto softmax = [&](uint32_t (&p)[T::kBlocks][Pv::kRegisters]) {
           const int tile = static_cast<int>(plan >> kTileShift), first = tile * T::kTile;
           read_bias(tile);
           if (view == kAll) {
-            scores.Softmax(blocks, p, sums, my_tiles == 0, Everything(), T::kTile, opaque_zero);
+            scores.Softmax(p, sums, my_tiles == 0, Everything(), T::kTile, opaque_zero);
             return;
           }
           SeenKeys<T::kTile> seen;
@@ -253,7 +240,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
               seen.bits[half] &= ColumnsOfSegment<T::kTile>(params.masks, batch(), id, first, lane);
             }
           }
-          scores.Softmax(blocks, p, sums, my_tiles == 0, seen, T::kTile, opaque_zero);
+          scores.Softmax(p, sums, my_tiles == 0, seen, T::kTile, opaque_zero);
         };
         compute(my_tiles, softmax, [&] {
           ring.Next();
@@ -282,12 +269,12 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       const int end_whole = mine.end_whole - mine.first;
 #pragma unroll 1
       for (int count = 0; count < my_tiles; ++count) {
-        const auto softmax = [&](auto blocks, uint32_t (&p)[T::kBlocks][Pv::kRegisters]) {
+        const auto softmax = [&](uint32_t (&p)[T::kBlocks][Pv::kRegisters]) {
           const int tile = mine.first + count;
           // Its buffer has been read, beneath PV of the tile before.
           if (count + 1 < my_tiles) copy_bias(tile + 1);
           if (count >= first_whole && count < end_whole) {
-            scores.Softmax(blocks, p, sums, count == 0, Everything(), T::kTile, opaque_zero);
+            scores.Softmax(p, sums, count == 0, Everything(), T::kTile, opaque_zero);
             return;
           }
           SeenKeys<T::kTile> seen;
@@ -300,7 +287,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
           }
           int keys = T::kTile;  // of the tile that any of the rows may see
           if constexpr (T::kBlocks > 1) keys = bounds().y - tile * T::kTile;
-          scores.Softmax(blocks, p, sums, count == 0, seen, keys, opaque_zero);
+          scores.Softmax(p, sums, count == 0, seen, keys, opaque_zero);
         };
         compute(count, softmax, [&] {
           ring.Next();

@@ -50,9 +50,9 @@ struct QueryFragments {
 
 // Scores and softmax state of this thread's two rows, lane / 4 and lane / 4 + 8 of its warp's 16.
 //
-// The maximum m is stale: P = P_MAX * 2^(S c - m) is computed with the m of the tiles before (or of
-// the blocks), and that no P has outgrown its type is read off the packed codes. Where one has, the
-// warp does the tile (or the block) again after raising m of that row to its maximum there, rounded
+// The maximum m is stale: P = P_MAX * 2^(S c - m) is computed with the m of the tiles before, and
+// that no P has outgrown its type is read off the packed codes. Where one has, the
+// warp does the tile again after raising m of that row to its maximum there, rounded
 // up, plus some room to grow.
 // m is an integer, so P's mantissas do not depend on it; only what is subnormal in E4M3 does. Each
 // row decides for itself: its result does not depend on its neighbours.
@@ -65,21 +65,17 @@ struct Scores {
   float sum[2] = {0, 0};  // P before rounding, of this thread's columns
   float bias[T::kBiased ? T::kBlocks : 1][T::kBiased ? kBlockKv / 2 : 1];  // as the scores
 
-  // QK^T has been issued, a group a block, and behind it PV of the blocks before these. `first`:
-  // there is no maximum yet. `seen`: what the rows see; no row of the warpgroup sees more than the
-  // first `keys`.
-  template <int kFrom, int kTo, class Seen>
-  __device__ __forceinline__ void Softmax(Blocks<kFrom, kTo>,
-                                          uint32_t (&p)[T::kBlocks][Pv::kRegisters], Pv& sums,
+  // QK^T has been issued, a group a block. `first`: there is no maximum yet. `seen`: what the rows
+  // see; no row of the warpgroup sees more than the first `keys`.
+  template <class Seen>
+  __device__ __forceinline__ void Softmax(uint32_t (&p)[T::kBlocks][Pv::kRegisters], Pv& sums,
                                           bool first, const Seen& seen, int keys, int opaque_zero) {
-    first = first && kFrom == 0;
     float tile_sum[2] = {0, 0};
     uint32_t over[2] = {first ? ~0u : 0, first ? ~0u : 0};
 #pragma unroll
-    for (int block = kFrom; block < kTo; ++block) {
+    for (int block = 0; block < T::kBlocks; ++block) {
       static_assert(T::kBlocks <= 2);
-      // The other block's QK^T, or its PV.
-      if (block + 1 < T::kBlocks || kFrom > 0) {
+      if (block + 1 < T::kBlocks) {
         ptx::WgmmaWait<1>();
       } else {
         ptx::WgmmaWait<0>();
@@ -87,29 +83,23 @@ struct Scores {
       ptx::Pin(s[block]);
       if (!first) ComputeP<false>(p[block], block, seen, keys, over, tile_sum);
     }
-    if constexpr (kFrom > 0) {
-      // PV of the blocks before is done by now, or nearly: what follows may change its sums, and
-      // only all warps of the warpgroup together can wait for it.
-      ptx::WgmmaWait<0>();
-      ptx::Pin(sums.sums);
-    }
     if (__any_sync(0xffffffffu, ((over[0] | over[1]) & Pv::kLimitMask) != 0)) {
       // Other values to the compiler: it would keep the converted scores and the 64 comparisons of
       // above for here.
 #pragma unroll
-      for (int block = kFrom; block < kTo; ++block) {
+      for (int block = 0; block < T::kBlocks; ++block) {
 #pragma unroll
         for (int i = 0; i < kBlockKv / 2; ++i) s[block][i] += opaque_zero;
       }
       const Seen again_seen = seen.Opaque(opaque_zero);
-      Raise<kFrom, kTo>(sums, first, again_seen, over);
+      Raise(sums, first, again_seen, over);
       if constexpr (T::kBiased) {  // for the same reason
 #pragma unroll
-        for (int block = kFrom; block < kTo; ++block) ptx::Pin(bias[block]);
+        for (int block = 0; block < T::kBlocks; ++block) ptx::Pin(bias[block]);
       }
       tile_sum[0] = tile_sum[1] = 0;
 #pragma unroll
-      for (int block = kFrom; block < kTo; ++block) {
+      for (int block = 0; block < T::kBlocks; ++block) {
         ComputeP<true>(p[block], block, again_seen, keys, over, tile_sum);
       }
     }
@@ -166,8 +156,8 @@ struct Scores {
     for (int i = 0; i < Pv::kRegisters; ++i) over[i % 2] |= p[i] + Pv::kLimitOffset;
   }
 
-  // Raises m of the rows that are over the limit, by the scores of these blocks.
-  template <int kFrom, int kTo, class Seen>
+  // Raises m of the rows that are over the limit, by the scores.
+  template <class Seen>
   __device__ __forceinline__ void Raise(Pv& sums, bool first, const Seen& seen,
                                         const uint32_t (&over)[2]) {
     float alpha[2];
@@ -175,7 +165,7 @@ struct Scores {
     for (int half = 0; half < 2; ++half) {
       float tile_max = -kInf, total = 0, biased_count = 0;
 #pragma unroll
-      for (int block = kFrom; block < kTo; ++block) {
+      for (int block = 0; block < T::kBlocks; ++block) {
         if constexpr (T::kBiased) {
           const float scale = q_scale[half] * k_scale[block];
 #pragma unroll
@@ -227,9 +217,7 @@ struct Scores {
         if constexpr (T::kBiased) biased_count += __shfl_xor_sync(0xffffffffu, biased_count, lanes);
       }
       const float count =
-          T::kBiased
-              ? biased_count
-              : static_cast<float>(seen.template Count<kBlockKv * kFrom, kBlockKv * kTo>(half));
+          T::kBiased ? biased_count : static_cast<float>(seen.template Count<0, T::kTile>(half));
       const float mean = total / fmaxf(count, 1);
       const float old = max[half];
       if (raise != 0) max[half] = fmaxf(old, ceilf(tile_max) + Pv::Room(tile_max - mean));

@@ -1,9 +1,8 @@
 // PV and where its sums live: one class for each type of P and V.
 //
-// Of a warpgroup's tiles, in order: after Begin() Issue() starts PV of some blocks, or all, and
-// Retire() follows when that of all has completed. Rescale() may come before an Issue, when no PV
-// is under way. FinishRowSums() gives these, and then Finish() the output, of kTiles times 8
-// channels from kFirst on.
+// Of a warpgroup's tiles, in order: after Begin() Issue() starts PV and Retire() follows when it
+// has completed. Rescale() may come before an Issue, when no PV is under way. FinishRowSums() gives
+// these, and then Finish() the output, of kTiles times 8 channels from kFirst on.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -17,10 +16,6 @@
 #include "sm90/wgmma.cuh"
 
 namespace jax_sage::sm90 {
-
-// Blocks kFrom to kTo - 1 of a tile, of kBlockKv keys each.
-template <int kFrom, int kTo>
-struct Blocks {};
 
 // E4M3 P and V. FP16 sums run over kPromoteTiles tiles in registers and are then added to the FP32
 // output, which lives in shared memory: the registers that it would take are worth more to the
@@ -38,7 +33,6 @@ struct PvFp8 {
   static constexpr int kAlignment = 8 * kTile;
   static constexpr int kRegisters = kBlockKv / 8;  // of P, a block
   static constexpr bool kSumsRows = true;
-  static constexpr bool kByBlocks = false;  // PV of all blocks is issued at once
   static constexpr uint32_t kOnes = 0x38383838;
   // Codes of positive numbers are ordered like integers: adding this carries into the top bit from
   // the code of P_MAX on.
@@ -92,17 +86,15 @@ struct PvFp8 {
     return fminf(3, fmaxf(0, floorf(kLog2PMax + 6 - 3 - max_over_mean)));
   }
 
-  template <int kFrom, int kTo>
-  __device__ __forceinline__ void Issue(Blocks<kFrom, kTo>,
-                                        uint32_t (&p)[kTile / kBlockKv][kRegisters], uint64_t v,
+  __device__ __forceinline__ void Issue(uint32_t (&p)[kTile / kBlockKv][kRegisters], uint64_t v,
                                         int tile) {
     const bool accumulate = tile % kPromoteTiles != 0;
 #pragma unroll
-    for (int block = kFrom; block < kTo; ++block) ptx::Pin(p[block]);
+    for (auto& block : p) ptx::Pin(block);
     ptx::Pin(sums);
     ptx::WgmmaFence();
 #pragma unroll
-    for (int ks = 2 * kFrom; ks < 2 * kTo; ++ks) {
+    for (int ks = 0; ks < kTile / 32; ++ks) {
       ptx::WgmmaE4m3(sums, p[ks / 2] + ks % 2 * 4, v + 2 * ks, accumulate || ks != 0);
     }
     ptx::WgmmaCommit();
@@ -192,9 +184,6 @@ struct PvFp16 {
   static constexpr int kRegisters = kBlockKv / 4;
   // What FP16 rounds off P is too little to show in a row sum: that of P before rounding serves.
   static constexpr bool kSumsRows = false;
-  // PV of a block is issued before the softmax of the next, and runs beneath it. Where three
-  // warpgroups fit they do as much for each other.
-  static constexpr bool kByBlocks = kTile > 64 && kHeadDim > 64;
   static constexpr uint32_t kLimitOffset = 0x08000800;  // 0x8000 - the code of 2^15
   static constexpr uint32_t kLimitMask = 0x80008000;
 
@@ -232,16 +221,14 @@ struct PvFp16 {
   // The limit is 2^(15 - log2 P_MAX) above what P starts with: room enough.
   static __device__ __forceinline__ float Room(float) { return 0; }
 
-  template <int kFrom, int kTo>
-  __device__ __forceinline__ void Issue(Blocks<kFrom, kTo>,
-                                        uint32_t (&p)[kTile / kBlockKv][kRegisters], uint64_t v,
+  __device__ __forceinline__ void Issue(uint32_t (&p)[kTile / kBlockKv][kRegisters], uint64_t v,
                                         int) {
 #pragma unroll
-    for (int block = kFrom; block < kTo; ++block) ptx::Pin(p[block]);
+    for (auto& block : p) ptx::Pin(block);
     ptx::Pin(sums);
     ptx::WgmmaFence();
 #pragma unroll
-    for (int ks = 4 * kFrom; ks < 4 * kTo; ++ks) {
+    for (int ks = 0; ks < kTile / 16; ++ks) {
       ptx::WgmmaF16(sums, p[ks / 4] + 4 * (ks % 4), v + ks * (16 * 128 / 16), true);
     }
     ptx::WgmmaCommit();

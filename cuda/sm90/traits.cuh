@@ -28,10 +28,11 @@ struct Traits {
   static constexpr bool kBiased =
       kMasking == Masking::kPlainBiased || kMasking == Masking::kMaskedBiased;
   static constexpr int kHeadDim = Pv::kHeadDim;
-  // Warpgroups. FP32 sums in registers leave none for a bias, or the scores of 128 keys, beside two
-  // others; with those of 64 keys and FP16 sums there is room for four, or at 64 channels for five.
-  static constexpr bool kIsLarge = !Pv::kSumsRows && kHeadDim > 64 && (kBiased || Pv::kTile > 64);
-  static constexpr bool kIsSmall = Pv::kSumsRows && Pv::kTile == 64 && !kMasked && !kBiased;
+  // Warpgroups. FP32 sums in registers leave none for a bias beside two others; with the scores of
+  // 64 keys, and FP16 sums or 64 channels, there is room for four; with both for five.
+  static constexpr bool kIsLarge = !Pv::kSumsRows && kHeadDim > 64 && kBiased;
+  static constexpr bool kIsSmall =
+      (Pv::kSumsRows || kHeadDim == 64) && Pv::kTile == 64 && !kMasked && !kBiased;
   static constexpr int kConsumers = kHeadDim > 128 || kIsLarge ? 2 : kIsSmall ? kMost : 3;
   // Channels of the output that are finished at once.
   static constexpr int kTurn = kHeadDim == 64 || kConsumers > 3 ? 64 : 128;
@@ -56,7 +57,7 @@ struct Traits {
   static constexpr int kBlocks = kTile / kBlockKv;
   // QK^T of the next tile is issued behind PV of this one. It only pays here; see DESIGN.md.
   static constexpr bool kQkAhead =
-      !Pv::kSumsRows && kBlocks == 1 && kMasking == Masking::kPlain && kConsumers == 3;
+      !Pv::kSumsRows && kBlocks == 1 && kMasking == Masking::kPlain && kConsumers > 2;
   // Q of 256 channels does not fit beside their FP32 output; two consumers have registers for it.
   static constexpr bool kQInRegisters = Pv::kSumsRows && kHeadDim > 128;
   // A row of a box of Q or K, as it is swizzled.
