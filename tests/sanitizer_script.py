@@ -19,6 +19,7 @@ CASES = [
     (2, 67, 191, 4, 2, 128, "float32", "8+16", True),
     (1, 33, 513, 1, 1, 40, "float16", "8+16", False),
     (1, 130, 4200, 1, 1, 64, "bfloat16", "8+8", False),  # by five warpgroups
+    (1, 130, 1070, 1, 1, 64, "bfloat16", "8+16", False),  # in tiles of 128 keys
 ]
 # For these there are none on mma.sync.
 LARGE = [
@@ -31,6 +32,7 @@ MANY_TILES = (2, 1100, 700, 16, 2, 64, "bfloat16", "8+8", True)
 # (recipe, mma_sync, with_lse, what there is of masks, shape): of each kind of kernel on wgmma,
 # with intervals, a bias, a mask or segments, and both of these.
 MANY, FEW = (2, 1100, 700, 16, 2, 64), (2, 150, 300, 2, 1, 128)
+ALIGNED = (2, 70, 592, 2, 1, 128)  # masks are packed 16 keys at once
 # With 256 channels; and most parts of the keys are beyond all windows, and have no codes.
 LARGE_FEW, FEW_SEEN, LARGE_FEW_SEEN = (
     (1, 150, 300, 2, 1, 256),
@@ -45,6 +47,7 @@ MASKED = [
     ("8+8", False, True, "bias", MANY),
     ("8+16", False, True, "lengths", MANY),
     ("8+16", False, True, "mask", FEW),
+    ("8+8", False, True, "whole mask", ALIGNED),
     ("8+16", False, True, "bias", FEW),
     ("8+16", False, True, "mask bias", FEW),
     ("8+8", False, True, "mask bias lengths window", FEW),
@@ -75,8 +78,11 @@ def run_masked(
     has = set(kinds.split())
     q = jnp.ones((batch, length_q, heads, head_dim), jnp.bfloat16)
     k = jnp.ones((batch, length_kv, kv_heads, head_dim), jnp.bfloat16)
+    mask = jnp.arange(length_kv).reshape(1, 1, 1, -1) % 3 > 0
+    if "whole" in has:
+        mask = jnp.broadcast_to(mask, (1, 1, length_q, length_kv))
     masks = Masks(
-        mask=jnp.arange(length_kv).reshape(1, 1, 1, -1) % 3 > 0 if "mask" in has else None,
+        mask=mask if "mask" in has else None,
         bias=jnp.zeros((1, 1, length_q, length_kv), jnp.float32) if "bias" in has else None,
         query_segment_ids=ids(length_q) if "segments" in has else None,
         key_value_segment_ids=ids(length_kv) if "segments" in has else None,
