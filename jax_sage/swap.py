@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar, overload
 
 import jax
@@ -64,7 +64,8 @@ def swap(
       model: an ``nnx.Module`` or a ``linen.Module``.
       policy: which attentions are swapped, and how; by default all where it pays.
       sample: arguments of a call of the model, by position (a tuple) or by name (a dict), arrays or
-        :class:`jax.ShapeDtypeStruct`. The call is traced, nothing is computed.
+        :class:`jax.ShapeDtypeStruct`; of a linen model without its variables. The call is traced,
+        nothing is computed.
       return_report: also return what became of each attention in that call.
       strict: raise where nothing is swapped.
 
@@ -90,6 +91,7 @@ def swap(
     elif linen is not None and isinstance(model, linen.Module):
         new, found = _swap_linen(model, policy), None  # only a call makes its modules
         call = functools.partial(new.init, jax.random.key(0))
+        _check_no_variables(sample)
     else:
         raise TypeError(
             f"model is a {type(model).__name__}; jax_sage.swap takes flax.nnx and flax.linen "
@@ -167,6 +169,15 @@ def _swapped_class(base: type, policy: Policy) -> type:
             body[name] = within(name)
     new: type = type(base)(base.__name__, (base,), body)
     return new
+
+
+def _check_no_variables(sample: tuple[Any, ...] | dict[str, Any] | None) -> None:
+    first = sample[0] if isinstance(sample, tuple | list) and sample else None
+    if isinstance(first, Mapping) and "params" in first:
+        raise TypeError(
+            "sample begins with the variables of a linen model; it takes the other arguments of "
+            "the call alone, as sample=(x,)."
+        )
 
 
 def _trace(function: Callable[..., Any], sample: tuple[Any, ...] | dict[str, Any]) -> None:

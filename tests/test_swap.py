@@ -323,6 +323,12 @@ def test_linen(linen_model):
     assert jax.tree.structure(shapes) == jax.tree.structure(variables)
 
 
+def test_a_sample_of_linen_has_no_variables(linen_model):
+    model, variables = linen_model
+    with pytest.raises(TypeError, match=r"begins with the variables .*, as sample=\(x,\)"):
+        jax_sage.swap(model, sample=(variables, X))
+
+
 def test_linen_equal_swaps_are_equal(linen_model):
     model, _ = linen_model
     assert jax_sage.swap(model) == jax_sage.swap(model)
