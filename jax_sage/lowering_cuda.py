@@ -42,7 +42,7 @@ def attention(
     recipe: Recipe,
     mma_sync: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """out and lse, as of the primitive.
+    """out and lse, as of the primitive; without ``with_lse`` lse may be anything.
 
     ``mma_sync`` asks for the mma.sync kernel, which runs on every GPU that there are kernels for,
     where the device has a faster one of its own: so one machine can test both.
@@ -84,9 +84,6 @@ def attention(
         out, lse = _masked(
             run, query, key, value, masks, scale_log2=scale_log2, band=band, recipe=recipe
         )
-    if not with_lse:
-        # A kernel leaves it as it is. An eager call has it as a result, where jax_debug_nans looks.
-        lse = jnp.zeros_like(lse)
     return out if value_dim == head_dim else out[..., :value_dim], lse
 
 

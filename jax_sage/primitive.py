@@ -3,8 +3,7 @@
 ``attention_p.bind(q, k, v, *masks, given=, band=, scale_log2=, with_lse=, recipe=)`` gives (out,
 lse), with the layouts of :func:`jax_sage.attention`. ``given`` names the arrays of
 :class:`jax_sage.masking.Masks` that ``masks`` holds, each with as many batch dimensions as query.
-``scale_log2`` is the softmax scale times log2(e). Without ``with_lse`` lse is 0 where a
-kernel runs.
+``scale_log2`` is the softmax scale times log2(e). Without ``with_lse`` lse is 0.
 """
 
 import functools
@@ -116,20 +115,23 @@ def _guarded(function: Callable[..., Sequence[jax.Array]]) -> Callable[..., Sequ
         value: jax.Array,
         *masks: jax.Array,
         given: tuple[str, ...],
+        with_lse: bool,
         **params: Any,
     ) -> Sequence[Any]:
         if query.size and key.size and value.size:
-            return function(
-                query, key, value, Masks(**dict(zip(given, masks, strict=True))), **params
-            )
-        out = jnp.zeros((*query.shape[:-1], value.shape[-1]), query.dtype)
-        return out, jnp.full(query.shape[:-1], -jnp.inf, jnp.float32)
+            all_masks = Masks(**dict(zip(given, masks, strict=True)))
+            out, lse = function(query, key, value, all_masks, with_lse=with_lse, **params)
+        else:
+            out = jnp.zeros((*query.shape[:-1], value.shape[-1]), query.dtype)
+            lse = jnp.full(query.shape[:-1], -jnp.inf, jnp.float32)
+        # An eager call has both as results, and jax_debug_nans and jax_debug_infs look at both.
+        return out, lse if with_lse else jnp.zeros_like(lse)
 
     return run
 
 
 def _portable(*operands: Any, with_lse: bool, **params: Any) -> Sequence[jax.Array]:
-    del with_lse  # always
+    del with_lse  # it makes lse in any case
     return portable.attention(*operands, **params)
 
 

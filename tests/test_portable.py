@@ -122,3 +122,12 @@ def test_memory_is_linear():
     # at most eight arrays of that size at a time.
     assert whole < 1 << 30
     assert whole / half < 2.3  # proportional would be 2, quadratic 4
+
+
+@pytest.mark.parametrize("length_kv", [0, 3])
+def test_nobody_sees_an_lse_that_was_not_asked_for(length_kv):
+    """That of a row that sees no key is -inf, and jax_debug_infs looks at all results."""
+    q, k, v = reference.inputs("normal", (1, 5, 2, 16), (1, length_kv, 2, 16), "float32")
+    with jax.debug_infs(True):
+        out = jax_sage.attention(q, k, v, key_value_seq_lengths=np.array([0]))
+    np.testing.assert_array_equal(out, 0)

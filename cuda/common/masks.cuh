@@ -106,10 +106,10 @@ struct Everything {
   static constexpr bool kMasked = false;
   __device__ __forceinline__ bool operator()(int, int) const { return true; }
   __device__ __forceinline__ Everything Opaque(int) const { return {}; }
-  // Keys of the row, in columns kFrom to kTo - 1.
-  template <int kFrom, int kTo>
+  // Keys of the row, in the first kColumns.
+  template <int kColumns>
   __device__ __forceinline__ int Count(int) const {
-    return kTo - kFrom;
+    return kColumns;
   }
 };
 template <int kKeys>
@@ -127,10 +127,10 @@ struct SeenKeys {
   __device__ __forceinline__ SeenKeys Opaque(int zero) const {
     return {{bits[0] + zero, bits[1] + zero}};
   }
-  template <int kFrom, int kTo>
+  template <int kColumns>
   __device__ __forceinline__ int Count(int half) const {
-    static_assert(kFrom % 16 == 0 && kTo % 16 == 0);
-    const uint32_t columns = (0xffu >> (kFrom / 16) & 0xff00u >> (kTo / 16)) * 0x01010101u;
+    static_assert(kColumns % 16 == 0);
+    const uint32_t columns = (0xff00u >> (kColumns / 16) & 0xffu) * 0x01010101u;
     int count = __popc(bits[half] & columns);
     count += __shfl_xor_sync(0xffffffffu, count, 1);
     return count + __shfl_xor_sync(0xffffffffu, count, 2);

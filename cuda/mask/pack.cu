@@ -13,17 +13,21 @@ constexpr int kTilesOfWarp = 32 / kLanesOfTile;
 constexpr int kAtOnce = 8;                 // rows that are loaded together
 constexpr uint32_t kHighest = 0x80808080;  // bits of bytes
 
-// The bytes of 16 keys, of which the first is `key`; zeros past the last.
-template <bool kAligned>
+// The bytes of 16 keys, of which the first is `key`; zeros past the last. kAligned: bytes that rows
+// are aligned to.
+template <int kAligned>
 __device__ __forceinline__ uint4 LoadKeys(const uint8_t* row, int key, int length) {
-  if constexpr (kAligned) {
+  if constexpr (kAligned == 16) {
     if (key >= length) return make_uint4(0, 0, 0, 0);
     return __ldg(reinterpret_cast<const uint4*>(row + key));
   } else {
     uint32_t words[4] = {};
 #pragma unroll
-    for (int i = 0; i < kKeysOfLane; ++i) {
-      if (key + i < length) {
+    for (int i = 0; i < kKeysOfLane; i += kAligned) {
+      if (key + i >= length) continue;
+      if constexpr (kAligned == 4) {
+        words[i / 4] = __ldg(reinterpret_cast<const uint32_t*>(row + key + i));
+      } else {
         words[i / 4] |= static_cast<uint32_t>(__ldg(row + key + i)) << (8 * (i % 4));
       }
     }
@@ -39,7 +43,7 @@ __device__ __forceinline__ uint32_t NotZero(uint32_t bytes) {
 // A warp packs kMaskRows queries and four times kMaskKeys keys, a row at a time; a lane 16 keys.
 // Those of lane i of a tile's eight are bit 7 - i of each byte: of word j, bytes 2h + e of 0 or 1
 // are the keys 16i + 8h + 2j + e.
-template <bool kAligned>
+template <int kAligned>
 __global__ void __launch_bounds__(32 * kWarps) Pack(const PackParams params) {
   const int tiles = (params.length_kv + kMaskKeys - 1) / kMaskKeys;
   const int strips = (tiles + kTilesOfWarp - 1) / kTilesOfWarp;
@@ -116,9 +120,10 @@ cudaError_t LaunchPack(const PackParams& params, cudaStream_t stream) {
   const int64_t strips = (tiles + kTilesOfWarp - 1) / kTilesOfWarp;
   const int64_t blocks = (params.heads * groups * strips + kWarps - 1) / kWarps;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const bool aligned = params.length_kv % kKeysOfLane == 0 &&
-                       reinterpret_cast<uintptr_t>(params.mask) % kKeysOfLane == 0;
-  const auto kernel = aligned ? Pack<true> : Pack<false>;
+  const auto are_aligned = [&](int bytes) {
+    return params.length_kv % bytes == 0 && reinterpret_cast<uintptr_t>(params.mask) % bytes == 0;
+  };
+  const auto kernel = are_aligned(16) ? Pack<16> : are_aligned(4) ? Pack<4> : Pack<1>;
   kernel<<<static_cast<unsigned>(blocks), 32 * kWarps, 0, stream>>>(params);
   return cudaGetLastError();
 }

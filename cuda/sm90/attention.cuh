@@ -2,9 +2,9 @@
 // registers and shared memory, and what else was tried.
 //
 // A CTA stays on its SM and works off items: up to 64 queries of one head for each of two to five
-// consumer warpgroups, which work for themselves: QK^T, softmax, PV, one after the other. While one
-// waits for the matrix unit or for its exponentials, the others use what it leaves. A producer warp
-// loads K and V by TMA, running ahead into the next item.
+// consumer warpgroups, which work for themselves: QK^T, softmax, PV, one after the other (but for
+// kQkAhead). While one waits for the matrix unit or for its exponentials, the others use what it
+// leaves. A producer warp loads K and V by TMA, running ahead into the next item.
 //
 // With a mask or segments the producer warp finds the tiles that any of the queries may see, loads
 // these alone, and says with each what each warpgroup sees of it. A bias is loaded by the consumer
@@ -113,7 +113,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       const uint32_t v_full = barriers.VFull(stage), v_parity = ring.parity;
       const uint64_t v = v_tiles + stage * (Pv::kStride / 16);
       if constexpr (!T::kQkAhead) issue_qk();
-      // Beneath QK^T: V is there by now, as a rule.
+      // V is there by now, as a rule.
       const bool has_v = ptx::BarrierTest(v_full, v_parity);
       uint32_t p[T::kBlocks][Pv::kRegisters];
       softmax(p);
@@ -135,7 +135,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
         ptx::WgmmaWait<0>();
         retire();
       }
-      // Also of QK^T: ptxas follows no matrix instruction around the loop.
+      // QK^T is waited for as well, as ptxas follows no matrix instruction around the loop.
       if constexpr (T::kQkAhead) wait_for_qk();
     };
     // Of a row, `half` of this thread's two.
@@ -379,10 +379,9 @@ cudaError_t Launch(const AttentionParams& params, cudaStream_t stream) {
   const int64_t groups = (params.length_q + kRows - 1) / kRows * static_cast<int64_t>(heads);
   // A plan has so many bits for the number of a tile.
   const int tiles = params.padded_kv / T::kTile;
-  // Without a plan a tile that somebody sees in part has codes only if it lies in one part.
-  const bool may_cross = !T::kMasked && KeysOfPart(T::kHeadDim) % T::kTile != 0;
-  if (groups > INT32_MAX || (T::kMasked && tiles >= (1 << (32 - kTileShift)) - 1) ||
-      (may_cross && params.masks.rows != nullptr)) {
+  static_assert(T::kMasked || KeysOfPart(T::kHeadDim) % T::kTile == 0,
+                "without a plan a tile that somebody sees has codes only if it lies in one part");
+  if (groups > INT32_MAX || (T::kMasked && tiles >= (1 << (32 - kTileShift)) - 1)) {
     return cudaErrorInvalidConfiguration;
   }
   TensorMaps maps{};

@@ -42,13 +42,10 @@ static cudaError_t LaunchPv(const AttentionParams& params, cudaStream_t stream) 
                          : Launch<Traits<Pv, false, Masking::kPlain, kMost>>(params, stream);
 }
 
-// With 64 channels there are registers for five warpgroups. Up to so many keys four are as fast:
-// items of five times 64 queries are few then.
-constexpr int kShort = 1024;
-
 cudaError_t LaunchAttentionFp8(const AttentionParams& params, cudaStream_t stream) {
   if (params.padded_head_dim == 256) return LaunchPv<PvFp8<256, 64>>(params, stream);
   if (params.padded_head_dim == 128) return LaunchPv<PvFp8<128, 64>>(params, stream);
+  // There are registers for five warpgroups, but items of five times 64 queries are few.
   return params.length_kv <= kShort ? LaunchPv<PvFp8<64, 64>>(params, stream)
                                     : LaunchPv<PvFp8<64, 64>, 5>(params, stream);
 }

@@ -59,8 +59,9 @@ __device__ __forceinline__ void CopyBox(uint32_t shared, const CUtensorMap* map,
       "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
       : "memory");
 }
-// The same of a warp as one, all lanes of which give the same: a branch to one lane would part it,
-// or wait for the number of the thread, and take longer than the rest.
+// BarrierArrive, BarrierExpect and CopyBox of a warp as one, all lanes of which give the same: a
+// branch to one lane would part it, or wait for the number of the thread, and take longer than the
+// rest.
 __device__ __forceinline__ void BarrierArriveOfWarp(uint32_t barrier) {
   asm volatile(
       "{\n.reg .pred elected;\n"

@@ -1,6 +1,6 @@
 // The bias on its way to the scores: each consumer warp has that of its own 16 rows copied by TMA
-// as soon as it knows which tile is next, and waits for it beneath that tile's QK^T. No warp waits
-// for another.
+// as soon as it knows which tile is next, and waits for it beneath PV of the tile before or, with
+// plans, that tile's QK^T. No warp waits for another.
 //
 // To TMA the bias is a tensor of rows, those of all heads one behind the other, of lines of 128
 // bytes, of which a tile of keys has two (float32) or one. The swizzle exchanges 16-byte units of a

@@ -51,9 +51,8 @@ struct QueryFragments {
 // Scores and softmax state of this thread's two rows, lane / 4 and lane / 4 + 8 of its warp's 16.
 //
 // The maximum m is stale: P = P_MAX * 2^(S c - m) is computed with the m of the tiles before, and
-// that no P has outgrown its type is read off the packed codes. Where one has, the
-// warp does the tile again after raising m of that row to its maximum there, rounded
-// up, plus some room to grow.
+// that no P has outgrown its type is read off the packed codes. Where one has, the warp does the
+// tile again after raising m of that row to its maximum there, rounded up, plus some room to grow.
 // m is an integer, so P's mantissas do not depend on it; only what is subnormal in E4M3 does. Each
 // row decides for itself: its result does not depend on its neighbours.
 template <class T>
@@ -65,8 +64,8 @@ struct Scores {
   float sum[2] = {0, 0};  // P before rounding, of this thread's columns
   float bias[T::kBiased ? T::kBlocks : 1][T::kBiased ? kBlockKv / 2 : 1];  // as the scores
 
-  // QK^T has been issued, a group a block. `first`: there is no maximum yet. `seen`: what the rows
-  // see; no row of the warpgroup sees more than the first `keys`.
+  // QK^T has been issued, a group a block, or has been waited for. `first`: there is no maximum
+  // yet. `seen`: what the rows see; no row of the warpgroup sees more than the first `keys`.
   template <class Seen>
   __device__ __forceinline__ void Softmax(uint32_t (&p)[T::kBlocks][Pv::kRegisters], Pv& sums,
                                           bool first, const Seen& seen, int keys, int opaque_zero) {
@@ -217,7 +216,7 @@ struct Scores {
         if constexpr (T::kBiased) biased_count += __shfl_xor_sync(0xffffffffu, biased_count, lanes);
       }
       const float count =
-          T::kBiased ? biased_count : static_cast<float>(seen.template Count<0, T::kTile>(half));
+          T::kBiased ? biased_count : static_cast<float>(seen.template Count<T::kTile>(half));
       const float mean = total / fmaxf(count, 1);
       const float old = max[half];
       if (raise != 0) max[half] = fmaxf(old, ceilf(tile_max) + Pv::Room(tile_max - mean));

@@ -13,6 +13,8 @@
 namespace jax_sage::sm90 {
 
 constexpr int kRows = 64;  // queries of a warpgroup
+// Up to so many keys an item is short: small tiles and few queries matter more than a fast loop.
+constexpr int kShort = 1024;
 constexpr int kSharedLimit = 227 * 1024;
 static_assert(kRows == kMaskRows);
 
@@ -55,7 +57,8 @@ struct Traits {
                 65536 / kThreads / 8 * 8 * (kConsumers + 1));
   static constexpr int kTile = Pv::kTile;  // keys
   static constexpr int kBlocks = kTile / kBlockKv;
-  // QK^T of the next tile is issued behind PV of this one. It only pays here; see DESIGN.md.
+  // QK^T of the next tile is issued behind PV of this one. Where it was
+  // tried it pays here alone; see DESIGN.md.
   static constexpr bool kQkAhead =
       !Pv::kSumsRows && kBlocks == 1 && kMasking == Masking::kPlain && kConsumers > 2;
   // Q of 256 channels does not fit beside their FP32 output; two consumers have registers for it.
