@@ -118,14 +118,15 @@ void ReadTokens(Checker& check, const char* name, const Buffer& buffer, int64_t&
 void Pad(Sizes& s) {
   s.padded_q = RoundUp(s.length_q, kBlockQ);
   s.padded_kv = RoundUp(s.length_kv, kBlockKv);
-  s.padded_head_dim = s.head_dim <= 64 ? 64 : s.head_dim <= 128 ? 128 : 256;
+  s.padded_head_dim = RoundUp(s.head_dim, 64);
+  s.table_channels = TableChannels(static_cast<int>(s.padded_head_dim));
 }
 
 // The nine buffers that pass from quantization to attention. With segments scales and offsets of V
 // are by slot, and finished; the slots of the queries take the place of the sums.
 void CheckQuantized(Checker& check, const std::vector<Buffer>& b, Sizes& s) {
   s.fp8_value = b[5].dtype == "F8E4M3FN";
-  const int64_t hp = s.padded_head_dim;
+  const int64_t hp = s.padded_head_dim, hc = s.table_channels;
   check.Is("q", b[0], "S8", {s.batch, s.heads, s.padded_q, hp});
   check.Is("q_scale", b[1], "F32", {s.batch, s.heads, s.padded_q});
   check.Is("q_dot_mean", b[2], "F32", {s.batch, s.heads, s.padded_q});
@@ -136,13 +137,13 @@ void CheckQuantized(Checker& check, const std::vector<Buffer>& b, Sizes& s) {
   } else {
     check.Is("v", b[5], "F16", {s.batch, s.kv_heads, s.padded_kv, hp});
   }
-  check.Is("first_bad", b[7], "S32", {s.batch, s.kv_heads, kBadRows, hp});
+  check.Is("first_bad", b[7], "S32", {s.batch, s.kv_heads, kBadRows, hc});
   if (s.kinds.segments) {
-    check.Is("channels", b[6], "F32", {s.batch, s.kv_heads, s.length_kv, kSlotRows, hp});
+    check.Is("channels", b[6], "F32", {s.batch, s.kv_heads, s.length_kv, kSlotRows, hc});
     check.Is("query_slots", b[8], "S32", {s.batch, s.padded_q});
   } else {
-    check.Is("channels", b[6], "F32", {s.batch, s.kv_heads, kChannelRows, hp});
-    check.Is("value_code_sum", b[8], "U32", {s.batch, s.kv_heads, hp, 2});
+    check.Is("channels", b[6], "F32", {s.batch, s.kv_heads, kChannelRows, hc});
+    check.Is("value_code_sum", b[8], "U32", {s.batch, s.kv_heads, hc, 2});
   }
 }
 
@@ -204,17 +205,17 @@ std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buf
                 [&] { return "partials must have rank " + std::to_string(lead + 3); });
   if (!check.Ok()) return check.message();
   s.parts = partials.dims[lead];
-  const int64_t hp = s.padded_head_dim;
+  const int64_t hc = s.table_channels;
   if (segments) {
     check.Is("partials", partials, "F32",
-             {s.batch, s.kv_heads, kPieces, s.parts, kPartialRows, hp});
+             {s.batch, s.kv_heads, kPieces, s.parts, kPartialRows, hc});
     check.Is("piece_counts", results[10], "S32", {s.batch, s.kv_heads, kPieces, s.parts});
     check.Is("key_slots", results[11], "S32", {s.batch, s.length_kv});
-    check.Is("slot_means", results[12], "BF16", {s.batch, s.kv_heads, s.length_kv, hp});
+    check.Is("slot_means", results[12], "BF16", {s.batch, s.kv_heads, s.length_kv, hc});
     check.Is("slot_factors", results[13], "F32", {s.batch, s.kv_heads, s.length_kv, 2});
-    check.Is("value_code_sum", results[14], "U32", {s.batch, s.kv_heads, s.length_kv, hp, 2});
+    check.Is("value_code_sum", results[14], "U32", {s.batch, s.kv_heads, s.length_kv, hc, 2});
   } else {
-    check.Is("partials", partials, "F32", {s.batch, s.kv_heads, s.parts, kPartialRows, hp});
+    check.Is("partials", partials, "F32", {s.batch, s.kv_heads, s.parts, kPartialRows, hc});
     check.Is("arrivals", results[10], "S32", {s.batch, s.kv_heads, 2});
   }
   check.Require(s.parts >= 1 && s.parts <= s.length_kv, [&] {

@@ -26,7 +26,7 @@ struct Sizes {
   int64_t batch = 0;  // product of the leading dimensions
   int64_t length_q = 0, heads = 0, head_dim = 0;
   int64_t length_kv = 0, kv_heads = 0;
-  int64_t padded_q = 0, padded_kv = 0, padded_head_dim = 0;
+  int64_t padded_q = 0, padded_kv = 0, padded_head_dim = 0, table_channels = 0;
   int64_t parts = 0;
   MaskKinds kinds;  // of quantization `segments` alone
   bool fp8_value = false;

@@ -1,9 +1,9 @@
 """The CUDA lowering: two custom calls, quantization and attention, and how a kernel is chosen.
 
 Intermediate buffers are results of the first call. Layouts (also checked by the C++ handlers):
-head dimensions are padded to Hp = 64, 128 or 256, queries to a multiple of 128, keys to a multiple
-of 64; padding is zero. FP8 V is stored transposed, and its keys permuted within each 16 so that a
-C fragment of QKᵀ is an A fragment of PV without any exchange between threads: position
+head dimensions are padded to Hp = 64, 128, 192 or 256, queries to a multiple of 128, keys to a
+multiple of 64; padding is zero. FP8 V is stored transposed, and its keys permuted within each 16 so
+that a C fragment of QKᵀ is an A fragment of PV without any exchange between threads: position
 4t + 2h + e holds key 8h + 2t + e.
 """
 
@@ -205,7 +205,8 @@ def quantize(
     length_q, heads, head_dim = query.shape[-3:]
     length_kv, kv_heads = key.shape[-3:-1]
     hp, tp, sp = _padded(head_dim, length_q, length_kv)
-    parts = _parts(length_kv, hp, 2 * batch * kv_heads)
+    hc = 256 if hp == 192 else hp  # of tables by channel: a power of two
+    parts = _parts(length_kv, hc, 2 * batch * kv_heads)
 
     def array(dtype: object, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -221,7 +222,7 @@ def quantize(
         else array(jnp.float16, batch, kv_heads, sp, hp),  # v
     )
     # First position not finite: of K, of V.
-    first_bad = array(jnp.int32, batch, kv_heads, 2, hp)
+    first_bad = array(jnp.int32, batch, kv_heads, 2, hc)
     # 64-bit integers, which JAX has only with jax_enable_x64.
     code_sum = functools.partial(array, jnp.uint32, batch, kv_heads)
     scratch: tuple[jax.ShapeDtypeStruct, ...]
@@ -229,28 +230,28 @@ def quantize(
         by_slot = (batch, kv_heads, length_kv)
         quantized += (
             # channels: scale of V, what is added to the output
-            array(jnp.float32, *by_slot, 2, hp),
+            array(jnp.float32, *by_slot, 2, hc),
             first_bad,
             array(jnp.int32, batch, tp),  # query_slots; -1: no key has the id
         )
         scratch = (
             # Of segments that lie in several parts: two pieces in each part.
-            array(jnp.float32, batch, kv_heads, 2, parts, 6, hp),
+            array(jnp.float32, batch, kv_heads, 2, parts, 6, hc),
             array(jnp.int32, batch, kv_heads, 2, parts),  # keys that count
             array(jnp.int32, batch, length_kv),  # slots of the keys
-            array(jnp.bfloat16, *by_slot, hp),  # mean of K
+            array(jnp.bfloat16, *by_slot, hc),  # mean of K
             array(jnp.float32, *by_slot, 2),  # size of K; 1 / keys that count
-            code_sum(length_kv, hp, 2),
+            code_sum(length_kv, hc, 2),
         )
     else:
         quantized += (
             # Mean of K; mean of V, the same in bfloat16; scale of V; its inverse.
-            array(jnp.float32, batch, kv_heads, 5, hp),  # channels
+            array(jnp.float32, batch, kv_heads, 5, hc),  # channels
             first_bad,
-            code_sum(hp, 2),  # value_code_sum
+            code_sum(hc, 2),  # value_code_sum
         )
         scratch = (
-            array(jnp.float32, batch, kv_heads, parts, 6, hp),
+            array(jnp.float32, batch, kv_heads, parts, 6, hc),
             array(jnp.int32, batch, kv_heads, 2),  # counters of parts that are done
         )
     results = jax.ffi.ffi_call("jax_sage_quantize", (*quantized, *scratch))(
@@ -269,13 +270,13 @@ def quantize(
     return tuple(results[: len(quantized)])
 
 
-def _parts(length_kv: int, hp: int, units: int) -> int:
+def _parts(length_kv: int, channels: int, units: int) -> int:
     """Of each unit: K or V of a head."""
     most = min(max(_FEW_PARTS, _ENOUGH_PARTS // units), _MANY_PARTS)
-    return min(-(-length_kv * hp // _NUMBERS_OF_PART), most)
+    return min(-(-length_kv * channels // _NUMBERS_OF_PART), most)
 
 
 def _padded(head_dim: int, length_q: int, length_kv: int) -> tuple[int, int, int]:
     """Hp, Tp and Sp."""
-    hp = next(size for size in (64, 128, 256) if head_dim <= size)
+    hp = -(-head_dim // 64) * 64
     return hp, -(-length_q // BLOCK_Q) * BLOCK_Q, -(-length_kv // BLOCK_KV) * BLOCK_KV

@@ -241,6 +241,23 @@ class MaskSuite:
         v = np.resize(v, (*v.shape[:-1], value_dim))
         check(q, k, v, recipe=recipe, is_causal=True)
 
+    @pytest.mark.parametrize("kind", ["plain", "mask", "bias", "segments"])
+    @pytest.mark.parametrize("head_dim", [192, 256])
+    @pytest.mark.parametrize("recipe", NAMED)
+    def test_large_heads(self, recipe, head_dim, kind):
+        """Of more than 512 keys, after which FP16 sums are promoted; rows of two items."""
+        q, k, v = reference.inputs("outlier", (1, 130, 2, head_dim), (1, 600, 1, head_dim))
+        ids = np.arange(600)[None] // 250
+        options = {
+            "plain": {},
+            "mask": {"mask": random_mask((1, 1, 130, 600), 0.7)},
+            "bias": {
+                "bias": np.random.default_rng(0).standard_normal((1, 1, 130, 600), np.float32)
+            },
+            "segments": {"query_segment_ids": ids[:, 200:330], "key_value_segment_ids": ids},
+        }[kind]
+        check(q, k, v, recipe=recipe, kind="outlier", **options)
+
     # Queries that see nothing.
 
     @pytest.mark.parametrize("recipe", NAMED)

@@ -25,6 +25,7 @@ CASES = [
 LARGE = [
     (1, 129, 200, 2, 1, 256, "bfloat16", "8+8", True),
     (1, 70, 300, 2, 2, 200, "float32", "8+16", False),
+    (1, 129, 600, 2, 1, 192, "bfloat16", "8+8", False),
 ]
 # More items than any GPU has SMs (on Hopper 160 of 256 queries), more tiles of keys than stages: a
 # persistent kernel goes round. Those on mma.sync are not persistent.

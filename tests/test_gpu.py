@@ -149,7 +149,7 @@ def test_not_finite_is_as_in_portable(is_causal, mma_sync):
 
 
 @pytest.mark.not_emulated
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
 @BOTH_MASKS
 def test_more_query_tiles_than_sms(head_dim, is_causal):
     """A persistent kernel works off several items, causal with different numbers of keys.

@@ -135,6 +135,8 @@ def assert_codes_are_as_in_portable(q, k, v, recipe, seen=None):
         ("heavy", 128),
         ("normal", 256),
         ("heavy", 200),
+        ("outlier", 192),
+        ("normal", 150),
     ],
 )
 @EACH_RECIPE
@@ -162,7 +164,14 @@ SEEN = {
 @pytest.mark.parametrize("name", SEEN)
 @pytest.mark.parametrize(
     ("head_dim", "dtype"),
-    [(3, "bfloat16"), (64, "float16"), (128, "bfloat16"), (128, "float32"), (200, "bfloat16")],
+    [
+        (3, "bfloat16"),
+        (64, "float16"),
+        (128, "bfloat16"),
+        (128, "float32"),
+        (192, "float16"),
+        (200, "bfloat16"),
+    ],
 )
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_codes_where_some_keys_do_not_count(recipe, head_dim, dtype, name):
@@ -361,7 +370,7 @@ def test_segments_are_bitwise_equal(recipe, name):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("head_dim", [3, 64, 127, 128, 200])
+@pytest.mark.parametrize("head_dim", [3, 64, 127, 128, 192, 200])
 @pytest.mark.parametrize("name", ["sorted", "random"])
 def test_segments_of_any_dtype_and_head_dim(name, head_dim, dtype):
     """With values that are not finite, and ids that are alike for all batch entries."""

@@ -179,6 +179,19 @@ def test_parts_of_the_statistics(batch, length, heads, parts):
 
 @needs_module
 @pytest.mark.parametrize(
+    ("head_dim", "padded", "table"), [(3, 64, 64), (65, 128, 128), (129, 192, 256), (193, 256, 256)]
+)
+def test_padded_head_dim(head_dim, padded, table):
+    calls = custom_calls(lower((1, 100, 2, head_dim)))
+    q, *_, channels, first_bad, code_sum = signature(calls["jax_sage_attention"])[0]
+    assert q == ((1, 2, 128, padded), "i8")
+    assert channels == ((1, 2, 5, table), "f32")
+    assert first_bad == ((1, 2, 2, table), "i32")
+    assert code_sum == ((1, 2, table, 2), "ui32")
+
+
+@needs_module
+@pytest.mark.parametrize(
     ("query", "key"),
     [((300, 4, 64), (300, 4, 64)), ((1, 1, 2, 300, 6, 64), (1, 1, 2, 77, 3, 64))],
 )

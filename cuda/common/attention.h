@@ -43,7 +43,8 @@ struct MaskParams {
   bool AreIntervals() const { return words == nullptr && query_ids == nullptr; }
 };
 
-// Tp and Sp are the padded lengths, Hp the padded head dimension (64, 128 or 256).
+// Tp and Sp are the padded lengths, Hp the padded head dimension (64, 128, 192 or 256), Hc
+// TableChannels(Hp).
 struct AttentionParams {
   const int8_t* q;                  // [B, N, Tp, Hp]
   const float* q_scale;             // [B, N, Tp]
@@ -51,9 +52,9 @@ struct AttentionParams {
   const int8_t* k;                  // [B, K, Sp, Hp]
   const float* k_scale;             // [B, K, Sp/64, 4]
   const void* v;                    // E4M3 [B, K, Hp, Sp], permuted; or FP16 [B, K, Sp, Hp]
-  const float* channels;            // [B, K, kChannelRows, Hp]
-  const int32_t* first_bad;         // [B, K, 2, Hp]
-  const long long* value_code_sum;  // [B, K, Hp], in units of kCodeUnit
+  const float* channels;            // [B, K, kChannelRows, Hc]
+  const int32_t* first_bad;         // [B, K, 2, Hc]
+  const long long* value_code_sum;  // [B, K, Hc], in units of kCodeUnit
   void* out;                        // [B, T, N, H]
   float* lse;                       // [B, T, N]
   int64_t batch;
@@ -73,7 +74,7 @@ struct AttentionParams {
   MaskParams masks;
   // With segments, else null; channels, value_code_sum and per_counted_key are null then. Slots as
   // in layout.h.
-  const float* slot_channels;  // [B, K, S, kSlotRows, Hp]
+  const float* slot_channels;  // [B, K, S, kSlotRows, Hc]
   const int32_t* query_slots;  // [B, Tp]; -1: the query sees no key
   bool alike;                  // by their positions, queries see about as many keys each
 };

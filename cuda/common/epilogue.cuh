@@ -90,7 +90,7 @@ __device__ __forceinline__ const float* SlotChannels(const AttentionParams& para
                                                      int slot) {
   // A query without keys may have those of any: its output is 0.
   return params.slot_channels +
-         (kv_head * params.length_kv + max(slot, 0)) * (kSlotRows * kHeadDim);
+         (kv_head * params.length_kv + max(slot, 0)) * (kSlotRows * TableChannels(kHeadDim));
 }
 
 // Fills the table with `threads` threads; the caller synchronizes.
@@ -100,10 +100,11 @@ __device__ __forceinline__ void PrepareOutput(OutputTable<kHeadDim>& table,
                                               const Position& position, int thread, int threads) {
   // With masks, what is not finite is marked later: who sees it is not a matter of the first key.
   const bool is_marked = kMasked || params.masks.rows != nullptr;
-  const int32_t* first_bad = params.first_bad + position.kv_head * kBadRows * kHeadDim;
+  constexpr int kChannels = TableChannels(kHeadDim);
+  const int32_t* first_bad = params.first_bad + position.kv_head * kBadRows * kChannels;
   if (thread == 0) {
     if constexpr (!kMasked) {
-      table.first_bad_key = is_marked ? kNever : first_bad[kBadKey * kHeadDim];
+      table.first_bad_key = is_marked ? kNever : first_bad[kBadKey * kChannels];
     }
     table.first_query = position.first_row;
     table.query_row = position.head * params.padded_q;
@@ -122,26 +123,26 @@ __device__ __forceinline__ void PrepareOutput(OutputTable<kHeadDim>& table,
       const float* slot_channels = SlotChannels<kHeadDim>(params, position.kv_head, slot);
 #pragma unroll 1
       for (int c = thread; c < kHeadDim; c += threads) {
-        table.scale[c] = __ldg(slot_channels + kSlotScale * kHeadDim + c);
-        table.offset[c] = __ldg(slot_channels + kSlotOffset * kHeadDim + c);
+        table.scale[c] = __ldg(slot_channels + kSlotScale * kChannels + c);
+        table.offset[c] = __ldg(slot_channels + kSlotOffset * kChannels + c);
       }
       return;
     }
   }
-  const float* channels = params.channels + position.kv_head * kChannelRows * kHeadDim;
-  const long long* code_sum = params.value_code_sum + position.kv_head * kHeadDim;
+  const float* channels = params.channels + position.kv_head * kChannelRows * kChannels;
+  const long long* code_sum = params.value_code_sum + position.kv_head * kChannels;
   const float per_key = is_marked ? params.per_counted_key[position.kv_head] : params.per_key;
 #pragma unroll 1
   for (int c = thread; c < kHeadDim; c += threads) {
-    const float scale = channels[kValueScale * kHeadDim + c];
-    const float average = channels[kValueAverage * kHeadDim + c];
+    const float scale = channels[kValueScale * kChannels + c];
+    const float average = channels[kValueAverage * kChannels + c];
     const float code_mean =
         static_cast<float>(static_cast<double>(code_sum[c]) * kCodeUnit) * per_key;
     table.scale[c] = scale;
     // 0: nothing was taken from V, and nothing is given back.
     table.offset[c] = average == 0 ? 0 : average - scale * code_mean;
     if constexpr (!kMasked) {
-      table.first_bad[c] = is_marked ? kNever : first_bad[kBadValue * kHeadDim + c];
+      table.first_bad[c] = is_marked ? kNever : first_bad[kBadValue * kChannels + c];
     }
   }
 }
@@ -212,7 +213,8 @@ __device__ __forceinline__ void FinishChannels(const AttentionParams& params,
         // A branch, so that not all is loaded at once: there are no registers for that.
         if (n % 2 == 0 && kFirst + 8 * n >= params.head_dim) break;
         const auto load = [&](int slot_row) {
-          return *reinterpret_cast<const float2*>(channels + slot_row * kHeadDim + 8 * n);
+          return *reinterpret_cast<const float2*>(channels + slot_row * TableChannels(kHeadDim) +
+                                                  8 * n);
         };
         const float2 scale = load(kSlotScale), offset = load(kSlotOffset);
         float& x = o[n][2 * half];

@@ -5,6 +5,12 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define JAX_SAGE_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define JAX_SAGE_HOST_DEVICE inline
+#endif
+
 namespace jax_sage {
 
 constexpr int kBlockQ = 128;  // queries are padded to a multiple of this
@@ -12,7 +18,12 @@ constexpr int kBlockKv =
     64;  // keys whose scales are computed together; also the key tile of mma.sync
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxHeadDimMma = 128;  // of the kernels on mma.sync
-constexpr int kKeyScales = 4;        // per block of keys: one for the keys = {2j, 2j+1} mod 8
+// Head dimensions are padded to 64, 128, 192 or 256 channels. Tables by channel have a power of
+// two: as many as the quantization has threads for.
+JAX_SAGE_HOST_DEVICE constexpr int TableChannels(int padded_head_dim) {
+  return padded_head_dim == 192 ? 256 : padded_head_dim;
+}
+constexpr int kKeyScales = 4;  // per block of keys: one for the keys = {2j, 2j+1} mod 8
 
 constexpr int kLog2PMaxInt = 6;
 constexpr float kLog2PMax = kLog2PMaxInt;
@@ -38,7 +49,7 @@ constexpr int kMaskKeys = 128;  // none of them are seen
 constexpr float kHidingBias = -0x1p23f;
 constexpr float kLog2E = 1.44269504f;
 
-// Rows of the `channels` buffer [B, K, kChannelRows, Hp].
+// Rows of the `channels` buffer [B, K, kChannelRows, Hc].
 enum ChannelRow : int {
   kKeyMean = 0,       // subtracted from K
   kValueAverage = 1,  // mean of V; 0 where V is not smoothed
@@ -48,7 +59,7 @@ enum ChannelRow : int {
   kChannelRows = 5,
 };
 
-// Rows of the `channels` buffer with segments, [B, K, S, kSlotRows, Hp]. A segment's slot is the
+// Rows of the `channels` buffer with segments, [B, K, S, kSlotRows, Hc]. A segment's slot is the
 // place of its first key among the keys sorted by id.
 enum SlotRow : int {
   // Of V, and until its codes have been made its absmax and average:
@@ -57,7 +68,7 @@ enum SlotRow : int {
   kSlotRows = 2,
 };
 
-// Rows of the `first_bad` buffer [B, K, 2, Hp]. With segments only the least of all is exact.
+// Rows of the `first_bad` buffer [B, K, 2, Hc]. With segments only the least of all is exact.
 enum BadRow : int { kBadKey = 0, kBadValue = 1, kBadRows = 2 };
 
 enum class DType : int { kF16, kBf16, kF32 };

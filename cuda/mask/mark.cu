@@ -27,10 +27,10 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ int first_key;
   if (c == 0) first_key = kNever;
   __syncthreads();
-  if (c < attention.padded_head_dim) {
-    const int32_t* bad = params.first_bad + unit * kBadRows * attention.padded_head_dim + c;
-    const int first =
-        min(bad[kBadKey * attention.padded_head_dim], bad[kBadValue * attention.padded_head_dim]);
+  const int channels = TableChannels(attention.padded_head_dim);
+  if (c < channels) {
+    const int32_t* bad = params.first_bad + unit * kBadRows * channels + c;
+    const int first = min(bad[kBadKey * channels], bad[kBadValue * channels]);
     if (first != kNever) atomicMin(&first_key, first);
   }
   __syncthreads();

@@ -148,14 +148,16 @@ __device__ __forceinline__ void QueryCodesOfChunk(const QuantizeParams& params, 
 
   static_assert(kBlockQ % T::kTokens == 0);  // no chunk reaches past the end
   const int64_t first_index = head * static_cast<int64_t>(params.padded_q) + first;
-  int8_t* out = params.q + (first_index + T::Row()) * kHeadDim + T::Channel();
+  const int channels = CodeChannels<kHeadDim>(params);
+  int8_t* out = params.q + (first_index + T::Row()) * channels + T::Channel();
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
     const float inverse_of_pass =
         __shfl_sync(kAllLanes, inverse, pass * (T::kThreadsPerRow / kPasses), T::kThreadsPerRow);
     float values[kVector];
     ToFloats(values, x[pass]);
-    StoreCodes(out + pass * T::kRows * kHeadDim,
+    if (!HasCodes<kHeadDim>(params, T::Channel())) continue;
+    StoreCodes(out + pass * T::kRows * channels,
                make_uint2(PackInt8(values[0], values[1], values[2], values[3], inverse_of_pass),
                           PackInt8(values[4], values[5], values[6], values[7], inverse_of_pass)));
   }
@@ -237,7 +239,8 @@ __device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params, co
   }
   __syncthreads();
   const int64_t first_index = head * static_cast<int64_t>(params.padded_kv) + first;
-  int8_t* out = params.k + (first_index + T::Row()) * kHeadDim + T::Channel();
+  const int channels = CodeChannels<kHeadDim>(params);
+  int8_t* out = params.k + (first_index + T::Row()) * channels + T::Channel();
 #pragma unroll
   for (int block = 0; block < shared.kBlocks; ++block) {
     if (first + block * kBlockKv >= params.padded_kv) break;
@@ -256,7 +259,8 @@ __device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params, co
       const bool counts = tokens.Counts(first + T::template RowOfPass<kKey>(pass));
       const float row_inverse = counts ? inverse : 0;
       const float (&v)[kVector] = values[pass];
-      StoreCodes(out + pass * T::kRows * kHeadDim,
+      if (!HasCodes<kHeadDim>(params, T::Channel())) continue;
+      StoreCodes(out + pass * T::kRows * channels,
                  make_uint2(PackInt8(v[0], v[1], v[2], v[3], row_inverse),
                             PackInt8(v[4], v[5], v[6], v[7], row_inverse)));
     }
@@ -280,7 +284,8 @@ template <int kHeadDim>
 __device__ __forceinline__ void ZeroKeyCodes(const QuantizeParams& params, int head, int first,
                                              int count) {
   const int64_t index = head * static_cast<int64_t>(params.padded_kv) + first;
-  StoreZeros<kHeadDim>(params.k + index * kHeadDim, int64_t{count} * kHeadDim);
+  const int channels = CodeChannels<kHeadDim>(params);
+  StoreZeros<kHeadDim>(params.k + index * channels, int64_t{count} * channels);
   for (int i = threadIdx.x; i < count / kBlockKv * kKeyScales; i += kThreads<kHeadDim>) {
     params.k_scale[index / kBlockKv * kKeyScales + i] = kAbsmaxFloor * (1.0f / kInt8Max);
   }

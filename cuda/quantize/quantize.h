@@ -10,6 +10,7 @@
 
 namespace jax_sage {
 
+// Hp: the padded head dimension. Hc = TableChannels(Hp).
 struct QuantizeParams {
   const void* query;  // [B, T, N, H]
   const void* key;    // [B, S, K, H]
@@ -26,10 +27,10 @@ struct QuantizeParams {
   int8_t* k;                  // [B, K, Sp, Hp]
   float* k_scale;             // [B, K, Sp/64, 4]
   void* v;                    // E4M3 [B, K, Hp, Sp], permuted; or FP16 [B, K, Sp, Hp]
-  float* channels;            // [B, K, kChannelRows, Hp]
-  int32_t* first_bad;         // [B, K, 2, Hp]
-  long long* value_code_sum;  // [B, K, Hp]
-  float* partials;            // scratch [B, K, parts, kPartialRows, Hp]
+  float* channels;            // [B, K, kChannelRows, Hc]
+  int32_t* first_bad;         // [B, K, 2, Hc]
+  long long* value_code_sum;  // [B, K, Hc]
+  float* partials;            // scratch [B, K, parts, kPartialRows, Hc]
   int32_t* arrivals;          // scratch [B, K, 2]: parts of K and V whose statistics are done
 
   int64_t batch;
@@ -55,8 +56,8 @@ struct QuantizeParams {
 constexpr int kPartialRows = 6;
 
 // With segments: means and scales of V by slot (layout.h). Of the fields above, per_counted_key,
-// channels and arrivals are null; value_code_sum is [B, K, S, Hp], and partials
-// [B, K, kPieces, parts, kPartialRows, Hp].
+// channels and arrivals are null; value_code_sum is [B, K, S, Hc], and partials
+// [B, K, kPieces, parts, kPartialRows, Hc].
 struct SegmentedParams : QuantizeParams {
   const int32_t* query_ids;                // [B or 1, Tp]
   const int32_t* sorted_ids;               // [B or 1, S], of the keys
@@ -64,9 +65,9 @@ struct SegmentedParams : QuantizeParams {
   int64_t query_id_stride, key_id_stride;  // of batch entries
 
   int32_t* query_slots;       // [B, Tp]; -1: no key has the id
-  float* slot_channels;       // [B, K, S, kSlotRows, Hp]
+  float* slot_channels;       // [B, K, S, kSlotRows, Hc]
   int32_t* key_slots;         // scratch [B, S]
-  __nv_bfloat16* slot_means;  // scratch [B, K, S, Hp], of K
+  __nv_bfloat16* slot_means;  // scratch [B, K, S, Hc], of K
   float2* slot_factors;       // scratch [B, K, S]: size of K, 1 / the keys that count
   int32_t* piece_counts;      // scratch [B, K, kPieces, parts]: keys that count
 };

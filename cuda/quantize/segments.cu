@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kSlotThreads) FindSlots(const SegmentedParams 
     return;
   }
   i -= params.batch * params.padded_q;
-  if (i < params.batch * params.kv_heads * kBadRows * params.padded_head_dim) {
+  if (i < params.batch * params.kv_heads * kBadRows * TableChannels(params.padded_head_dim)) {
     params.first_bad[i] = kNever;
   }
 }

@@ -25,6 +25,16 @@ template <int kHeadDim>
 constexpr bool kIsBuilt = kHeadDim <= kMaxHeadDimMma;
 #endif
 
+// kHeadDim is TableChannels of the padded head dimension. Codes have only as many as that.
+template <int kHeadDim>
+__device__ __forceinline__ int CodeChannels(const QuantizeParams& params) {
+  return kHeadDim == TableChannels(192) ? params.padded_head_dim : kHeadDim;
+}
+template <int kHeadDim>
+__device__ __forceinline__ bool HasCodes(const QuantizeParams& params, int channel) {
+  return kHeadDim != TableChannels(192) || channel < params.padded_head_dim;
+}
+
 // Of a CTA: those of 16 tokens at least.
 template <int kHeadDim>
 constexpr int kThreads = kHeadDim <= 128 ? 256 : 512;

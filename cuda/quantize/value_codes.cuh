@@ -64,8 +64,9 @@ __device__ __forceinline__ void StoreTransposed(const QuantizeParams& params,
                                                 const SharedValue<kHeadDim>& shared, int head,
                                                 int first, Add add) {
   constexpr int kQuads = SharedValue<kHeadDim>::kQuads;
+  const int channels = CodeChannels<kHeadDim>(params);
   uint8_t* out = static_cast<uint8_t*>(params.v) +
-                 head * static_cast<int64_t>(kHeadDim) * params.padded_kv + first;
+                 head * static_cast<int64_t>(channels) * params.padded_kv + first;
   const int sixteen = threadIdx.x % kThreadsOfChannel<kHeadDim>;
 #pragma unroll
   for (int i = 0; i < kChannelsOfStore; ++i) {
@@ -79,7 +80,7 @@ __device__ __forceinline__ void StoreTransposed(const QuantizeParams& params,
       words = make_uint4(words.y, words.x, words.w, words.z);
     }
     add(i, SumOfCodes(words));
-    if (first + 16 * sixteen < params.padded_kv) {
+    if (HasCodes<kHeadDim>(params, row) && first + 16 * sixteen < params.padded_kv) {
       StoreCodes(out + row * static_cast<int64_t>(params.padded_kv) + 16 * sixteen, words);
     }
   }
@@ -123,6 +124,7 @@ __device__ __forceinline__ void ValueCodesOfChunk(const QuantizeParams& params, 
                                                   const Vector<typename T::Element> (&x)[kPasses],
                                                   CodeSums<kFp8, kHeadDim>& sums) {
   const int channel = T::Channel(), lane = threadIdx.x % 32;
+  const int channels = CodeChannels<kHeadDim>(params);
   alignas(16) __half2 halves[kPasses][kVector / 2];
 #pragma unroll
   for (int i = 0; i < kVector / 2; ++i) {
@@ -170,8 +172,8 @@ __device__ __forceinline__ void ValueCodesOfChunk(const QuantizeParams& params, 
     for (int pass = 0; pass < kPasses; ++pass) {
       const int row = first + T::template RowOfPass<kValue>(pass);
       const int64_t index = head * static_cast<int64_t>(params.padded_kv) + row;
-      if (row < params.padded_kv) {
-        StoreCodes(static_cast<__half*>(params.v) + index * kHeadDim + channel,
+      if (HasCodes<kHeadDim>(params, channel) && row < params.padded_kv) {
+        StoreCodes(static_cast<__half*>(params.v) + index * channels + channel,
                    *reinterpret_cast<const uint4*>(halves[pass]));
       }
     }
@@ -224,8 +226,11 @@ __device__ __forceinline__ void MixedValueCodesOfChunk(const QuantizeParams& par
     }
     if constexpr (!kFp8) {
       const int64_t index = head * static_cast<int64_t>(params.padded_kv) + token;
-      *reinterpret_cast<uint4*>(static_cast<__half*>(params.v) + index * kHeadDim + T::Channel()) =
-          *reinterpret_cast<const uint4*>(halves);
+      const int channels = CodeChannels<kHeadDim>(params);
+      if (HasCodes<kHeadDim>(params, T::Channel())) {
+        *reinterpret_cast<uint4*>(static_cast<__half*>(params.v) + index * channels +
+                                  T::Channel()) = *reinterpret_cast<const uint4*>(halves);
+      }
     }
   }
   __syncthreads();
@@ -244,15 +249,16 @@ template <int kHeadDim>
 __device__ __forceinline__ void ZeroValueCodes(const QuantizeParams& params, int head, int first,
                                                int count) {
   const int64_t index = head * static_cast<int64_t>(params.padded_kv);
+  const int channels = CodeChannels<kHeadDim>(params);
   if (!params.fp8_value) {
-    StoreZeros<kHeadDim>(static_cast<__half*>(params.v) + (index + first) * kHeadDim,
-                         int64_t{count} * kHeadDim * static_cast<int>(sizeof(__half)));
+    StoreZeros<kHeadDim>(static_cast<__half*>(params.v) + (index + first) * channels,
+                         int64_t{count} * channels * static_cast<int>(sizeof(__half)));
     return;
   }
-  uint8_t* out = static_cast<uint8_t*>(params.v) + index * kHeadDim + first;
+  uint8_t* out = static_cast<uint8_t*>(params.v) + index * channels + first;
   constexpr int kThreadsOfChannel = 16;
 #pragma unroll 1
-  for (int channel = threadIdx.x / kThreadsOfChannel; channel < kHeadDim;
+  for (int channel = threadIdx.x / kThreadsOfChannel; channel < channels;
        channel += kThreads<kHeadDim> / kThreadsOfChannel) {
 #pragma unroll 1
     for (int i = threadIdx.x % kThreadsOfChannel; i < count / 16; i += kThreadsOfChannel) {

@@ -108,11 +108,11 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
     // The tile in the ring's stage, the count-th of this warpgroup. `softmax` makes P of the
     // scores; `next` moves the ring on, beneath PV, and says whether there is another tile.
     const auto compute = [&](int count, auto softmax, auto next) {
-      sums.Begin(count, !T::kMasked);
       const unsigned stage = ring.stage;
       const uint32_t v_full = barriers.VFull(stage), v_parity = ring.parity;
       const uint64_t v = v_tiles + stage * (Pv::kStride / 16);
       if constexpr (!T::kQkAhead) issue_qk();
+      sums.Begin(count, !T::kMasked);  // beneath QK^T
       // V is there by now, as a rule.
       const bool has_v = ptx::BarrierTest(v_full, v_parity);
       uint32_t p[T::kBlocks][Pv::kRegisters];
@@ -329,6 +329,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       }
       finish(std::integral_constant<int, 0>());
       if constexpr (T::kHeadDim > T::kTurn) finish(std::integral_constant<int, T::kTurn>());
+      if constexpr (T::kHeadDim > 2 * T::kTurn) finish(std::integral_constant<int, 2 * T::kTurn>());
       // What comes next there is a copy of the bias.
       if constexpr (T::kBiasInOutput) {
         ptx::WaitForStores();

@@ -44,6 +44,7 @@ static cudaError_t LaunchPv(const AttentionParams& params, cudaStream_t stream) 
 
 cudaError_t LaunchAttentionFp8(const AttentionParams& params, cudaStream_t stream) {
   if (params.padded_head_dim == 256) return LaunchPv<PvFp8<256, 64>>(params, stream);
+  if (params.padded_head_dim == 192) return LaunchPv<PvFp8<192, 64>>(params, stream);
   if (params.padded_head_dim == 128) return LaunchPv<PvFp8<128, 64>>(params, stream);
   // There are registers for five warpgroups, but items of five times 64 queries are few.
   return params.length_kv <= kShort ? LaunchPv<PvFp8<64, 64>>(params, stream)

@@ -8,11 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define JAX_SAGE_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define JAX_SAGE_HOST_DEVICE inline
-#endif
+#include "common/layout.h"
 
 namespace jax_sage::sm90 {
 

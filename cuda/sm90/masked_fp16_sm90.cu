@@ -17,6 +17,7 @@ static cudaError_t LaunchFor(const AttentionParams& params, cudaStream_t stream)
 cudaError_t LaunchMaskedFp16(const AttentionParams& params, cudaStream_t stream) {
   if (params.padded_head_dim == 64) return LaunchFor<64>(params, stream);
   if (params.padded_head_dim == 128) return LaunchFor<128>(params, stream);
+  if (params.padded_head_dim == 192) return LaunchFor<192>(params, stream);
   return LaunchFor<256>(params, stream);
 }
 

@@ -37,8 +37,8 @@ struct Traits {
       (Pv::kSumsRows || kHeadDim == 64) && Pv::kTile == 64 && !kMasked && !kBiased;
   static constexpr int kConsumers = kHeadDim > 128 || kIsLarge ? 2 : kIsSmall ? kMost : 3;
   // Channels of the output that are finished at once.
-  static constexpr int kTurn = kHeadDim == 64 || kConsumers > 3 ? 64 : 128;
-  static_assert(kHeadDim <= 2 * kTurn);
+  static constexpr int kTurn = kHeadDim % 128 != 0 || kConsumers > 3 ? 64 : 128;
+  static_assert(kHeadDim % kTurn == 0 && kHeadDim <= 3 * kTurn);
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // With masks the producer plans, and a bias is more to find. Where the consumers need all that
   // there is, it has 32 registers all the same, and spills some.
@@ -61,12 +61,14 @@ struct Traits {
   // tried it pays here alone; see DESIGN.md.
   static constexpr bool kQkAhead =
       !Pv::kSumsRows && kBlocks == 1 && kMasking == Masking::kPlain && kConsumers > 2;
-  // Q of 256 channels does not fit beside their FP32 output; two consumers have registers for it.
+  // Q of more channels does not fit beside their FP32 output; two consumers have registers for it.
   static constexpr bool kQInRegisters = Pv::kSumsRows && kHeadDim > 128;
   // A row of a box of Q or K, as it is swizzled.
   static constexpr int kBoxRow = kHeadDim < kBoxChannels ? kHeadDim : kBoxChannels;
-  static constexpr int kQBytes = kQInRegisters ? 0 : kRows * kHeadDim;  // of a warpgroup
-  static constexpr int kKBytes = kTile * kHeadDim;
+  // Of whole boxes: behind 192 channels TMA puts zeros, which nobody reads.
+  static constexpr int kBoxed = (kHeadDim + kBoxRow - 1) / kBoxRow * kBoxRow;
+  static constexpr int kQBytes = kQInRegisters ? 0 : kRows * kBoxed;  // of a warpgroup
+  static constexpr int kKBytes = kTile * kBoxed;
   static constexpr int kScaleBytes = kBlocks * kKeyScales * 4;
   static constexpr int kStageBytes = kKBytes + Pv::kStride + kScaleBytes;
   static constexpr int kQScaleBytes = kRows * 4;
