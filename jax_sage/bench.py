@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import statistics
 import sys
@@ -168,9 +169,14 @@ def measure(
         calls[name] = max(2, round(0.04 / once))
     times: dict[Name, list[float]] = {name: [] for name in runs}
     waits = dict.fromkeys(runs, 0)
+    # By steps of another size each turn: for tens of milliseconds a run has the clock that power
+    # allows after the one before, which should not be the same each time.
+    names = list(runs)
+    steps = [step for step in range(1, len(names) + 1) if math.gcd(step, len(names)) == 1]
     for turn in range(turns):
-        # To and fro: none always comes after the same other, which may have heated the GPU.
-        for name in list(runs)[:: -1 if turn % 2 else 1]:
+        step = steps[turn % len(steps)]
+        for place in range(len(names)):
+            name = names[place * step % len(names)]
             seconds, behind = _turn(runs[name], arguments, calls[name])
             times[name].append(seconds)
             waits[name] += not behind
