@@ -111,8 +111,14 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       const unsigned stage = ring.stage;
       const uint32_t v_full = barriers.VFull(stage), v_parity = ring.parity;
       const uint64_t v = v_tiles + stage * (Pv::kStride / 16);
+      if constexpr (!T::kPromotesBeneathQk) sums.Begin(count, !T::kMasked);
       if constexpr (!T::kQkAhead) issue_qk();
-      sums.Begin(count, !T::kMasked);  // beneath QK^T
+      if constexpr (T::kPromotesBeneathQk) {
+        // Of PV there is nothing left to wait for; ptxas wants to see that behind QK^T too.
+        ptx::WgmmaWait<1>();
+        sums.Retire();
+        sums.Begin(count, !T::kMasked);
+      }
       // V is there by now, as a rule.
       const bool has_v = ptx::BarrierTest(v_full, v_parity);
       uint32_t p[T::kBlocks][Pv::kRegisters];

@@ -99,12 +99,9 @@ struct PvFp8 {
     }
     ptx::WgmmaCommit();
   }
-  // Before PV of a tile, while at most its QK^T is under way: the sums make room where they have
-  // run over kPromoteTiles. `stores`: those of the item before may still read the output.
+  // Before a tile: the sums make room where they have run over kPromoteTiles. `stores`: those of
+  // the item before may still read the output.
   __device__ __forceinline__ void Begin(int tile, bool stores) {
-    // PV of the tile before has been waited for; ptxas wants to see that after QK^T was issued too.
-    ptx::WgmmaWait<1>();
-    ptx::Pin(sums);
     if (tile % kPromoteTiles != 0 || tile == 0) return;
     if (stores) {
       ptx::WaitForStores();

@@ -61,6 +61,8 @@ struct Traits {
   // tried it pays here alone; see DESIGN.md.
   static constexpr bool kQkAhead =
       !Pv::kSumsRows && kBlocks == 1 && kMasking == Masking::kPlain && kConsumers > 2;
+  // Sums are promoted while QK^T of their tile runs. Elsewhere that is 1 % slower.
+  static constexpr bool kPromotesBeneathQk = Pv::kSumsRows && !kMasked && kConsumers > 2;
   // Q of more channels does not fit beside their FP32 output; two consumers have registers for it.
   static constexpr bool kQInRegisters = Pv::kSumsRows && kHeadDim > 128;
   // A row of a box of Q or K, as it is swizzled.
