@@ -169,8 +169,9 @@ def measure(
         calls[name] = max(2, round(0.04 / once))
     times: dict[Name, list[float]] = {name: [] for name in runs}
     waits = dict.fromkeys(runs, 0)
-    # By steps of another size each turn: for tens of milliseconds a run has the clock that power
-    # allows after the one before, which should not be the same each time.
+    # By steps of another size each turn, where there are some (of 3, 4 or 6 names to and fro): for
+    # tens of milliseconds a run has the clock that power allows after the one before, which should
+    # not be the same each time.
     names = list(runs)
     steps = [step for step in range(1, len(names) + 1) if math.gcd(step, len(names)) == 1]
     for turn in range(turns):

@@ -199,7 +199,7 @@ def quantize(
     do, float32 [B, K]. ``skip_unseen``: parts of keys that nobody sees get no codes; otherwise
     zeros. ``segments``: see mask_operands.sorted_segments. A segment's slot is the place of its
     first key among the sorted ones; tables by slot are as long as the keys: 18 bytes for each of
-    their padded channels, 8 of them until the attention is done.
+    their channels (a power of two), 8 of them until the attention is done.
     """
     batch = math.prod(query.shape[:-3])
     length_q, heads, head_dim = query.shape[-3:]

@@ -26,6 +26,7 @@ LARGE = [
     (1, 129, 200, 2, 1, 256, "bfloat16", "8+8", True),
     (1, 70, 300, 2, 2, 200, "float32", "8+16", False),
     (1, 129, 600, 2, 1, 192, "bfloat16", "8+8", False),
+    (1, 129, 300, 2, 1, 136, "bfloat16", "8+16", True),
 ]
 # More items than any GPU has SMs (on Hopper 160 of 256 queries), more tiles of keys than stages: a
 # persistent kernel goes round. Those on mma.sync are not persistent.
@@ -33,7 +34,8 @@ MANY_TILES = (2, 1100, 700, 16, 2, 64, "bfloat16", "8+8", True)
 # (recipe, mma_sync, with_lse, what there is of masks, shape): of each kind of kernel on wgmma,
 # with intervals, a bias, a mask or segments, and both of these.
 MANY, FEW = (2, 1100, 700, 16, 2, 64), (2, 150, 300, 2, 1, 128)
-ALIGNED = (2, 70, 592, 2, 1, 128)  # masks are packed 16 keys at once
+ALIGNED = (2, 70, 592, 2, 1, 128)  # masks are packed 16 keys at once; of FEW 4, of ODD one
+ODD = (1, 150, 301, 2, 1, 64)
 # With 256 channels; and most parts of the keys are beyond all windows, and have no codes.
 LARGE_FEW, FEW_SEEN, LARGE_FEW_SEEN = (
     (1, 150, 300, 2, 1, 256),
@@ -42,6 +44,8 @@ LARGE_FEW, FEW_SEEN, LARGE_FEW_SEEN = (
 )
 # Two parts of the sorted keys, which share a segment.
 PARTS, LARGE_PARTS = (2, 150, 700, 2, 1, 128), (1, 150, 700, 2, 1, 256)
+# With 192 channels.
+WIDE, WIDE_PARTS = (1, 150, 300, 2, 1, 192), (1, 150, 700, 2, 1, 130)
 MASKED = [
     ("8+8", False, False, "window", MANY),
     ("8+8", False, True, "mask window", MANY),
@@ -49,6 +53,7 @@ MASKED = [
     ("8+16", False, True, "lengths", MANY),
     ("8+16", False, True, "mask", FEW),
     ("8+8", False, True, "whole mask", ALIGNED),
+    ("8+8", False, True, "whole mask", ODD),
     ("8+16", False, True, "bias", FEW),
     ("8+16", False, True, "mask bias", FEW),
     ("8+8", False, True, "mask bias lengths window", FEW),
@@ -58,6 +63,8 @@ MASKED = [
     ("8+16", True, True, "segments", PARTS),
     ("8+16", False, True, "segments", LARGE_PARTS),
     ("8+8", False, True, "mask bias", LARGE_FEW),
+    ("8+8", False, True, "mask bias", WIDE),
+    ("8+16", False, True, "segments", WIDE_PARTS),
     ("8+8", False, True, "window", FEW_SEEN),
     ("8+16", False, True, "window", LARGE_FEW_SEEN),
     ("8+8", False, False, "bias window", FEW),

@@ -1,6 +1,7 @@
 """The benchmark's shapes, timing, peers and reports, as far as they can be tested without a GPU."""
 
 import functools
+import itertools
 import json
 import sys
 
@@ -146,6 +147,24 @@ def test_dispatch_is_not_timed(host, notes):
     times = bench.measure(runs, [], notes.append)
     assert times == {name: pytest.approx(s, rel=0.005) for name, s in seconds.items()}
     assert not notes
+
+
+def test_each_turn_has_another_order(host, notes):
+    order = []
+
+    def run(name, device):
+        def call(*_):
+            order.append(name)
+            return device()
+
+        return call
+
+    names = [(letter, "") for letter in "abcde"]
+    runs = {name: run(name, Device(host, 0.01, 1e-5)) for name in names}
+    bench.measure(runs, [], notes.append)
+    turns = [name for name, _ in itertools.groupby(order)][len(names) :]
+    for name in names:  # in five turns after three others at least
+        assert len({x for x, y in itertools.pairwise(turns) if y == name}) >= 3
 
 
 def test_a_device_that_waits_for_the_host_is_noted(host, notes):

@@ -25,7 +25,8 @@ template <int kHeadDim>
 constexpr bool kIsBuilt = kHeadDim <= kMaxHeadDimMma;
 #endif
 
-// kHeadDim is TableChannels of the padded head dimension. Codes have only as many as that.
+// kHeadDim is TableChannels of the padded head dimension. Codes have the padded head dimension's
+// channels alone.
 template <int kHeadDim>
 __device__ __forceinline__ int CodeChannels(const QuantizeParams& params) {
   return kHeadDim == TableChannels(192) ? params.padded_head_dim : kHeadDim;

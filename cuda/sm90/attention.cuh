@@ -115,7 +115,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       if constexpr (!T::kQkAhead) issue_qk();
       if constexpr (T::kPromotesBeneathQk) {
         // Of PV there is nothing left to wait for; ptxas wants to see that behind QK^T too.
-        ptx::WgmmaWait<1>();
+        ptx::WgmmaWait<T::kBlocks>();
         sums.Retire();
         sums.Begin(count, !T::kMasked);
       }

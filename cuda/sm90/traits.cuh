@@ -57,13 +57,14 @@ struct Traits {
                 65536 / kThreads / 8 * 8 * (kConsumers + 1));
   static constexpr int kTile = Pv::kTile;  // keys
   static constexpr int kBlocks = kTile / kBlockKv;
-  // QK^T of the next tile is issued behind PV of this one. Where it was
-  // tried it pays here alone; see DESIGN.md.
+  // QK^T of the next tile is issued behind PV of this one. Where it was tried it pays here alone;
+  // see DESIGN.md.
   static constexpr bool kQkAhead =
       !Pv::kSumsRows && kBlocks == 1 && kMasking == Masking::kPlain && kConsumers > 2;
   // Sums are promoted while QK^T of their tile runs. Elsewhere that is 1 % slower.
   static constexpr bool kPromotesBeneathQk = Pv::kSumsRows && !kMasked && kConsumers > 2;
-  // Q of more channels does not fit beside their FP32 output; two consumers have registers for it.
+  // Q of 256 channels does not fit beside their FP32 output, that of 192 would take a stage; two
+  // consumers have registers for it.
   static constexpr bool kQInRegisters = Pv::kSumsRows && kHeadDim > 128;
   // A row of a box of Q or K, as it is swizzled.
   static constexpr int kBoxRow = kHeadDim < kBoxChannels ? kHeadDim : kBoxChannels;
@@ -83,13 +84,12 @@ struct Traits {
   static constexpr int kQAt = kMasked ? 24 : 32;
   static constexpr int kBatchAt = kMasked ? 4 : 40, kHeadAt = kMasked ? 8 : 44;
   static constexpr int kRowsBytes = !kMasked && (kQInRegisters || kBiased) ? 48 : 32;
-  // Where it only serves the stores, these go by turns of 128 channels.
-  static constexpr int kOutputBytes =
-      kRows * (Pv::kSumsRows || kHeadDim < 128 ? kHeadDim : 128) * 4;
+  // Where it only serves the stores, these go by turns.
+  static constexpr int kOutputBytes = kRows * (Pv::kSumsRows ? kHeadDim : kTurn) * 4;
   static constexpr int kOutputOfWarp = kOutputBytes / 4;
   // Where the output needs its buffer at the end of an item only, a bias has it until then. The
   // FP32 output of 256 channels leaves no room: there the threads load their bias for themselves.
-  static constexpr bool kCopiesBias = kBiased && (!Pv::kSumsRows || kHeadDim <= 128);
+  static constexpr bool kCopiesBias = kBiased && (!Pv::kSumsRows || kHeadDim <= 192);
   static constexpr bool kBiasInOutput = kCopiesBias && !Pv::kSumsRows;
   static constexpr int kBiasOfWarp = kBiasInOutput ? kOutputOfWarp : kBiasBytes;
   static constexpr int kBiasOfGroup = kCopiesBias && !kBiasInOutput ? 4 * kBiasBytes : 0;
