@@ -169,15 +169,16 @@ def measure(
         calls[name] = max(2, round(0.04 / once))
     times: dict[Name, list[float]] = {name: [] for name in runs}
     waits = dict.fromkeys(runs, 0)
-    # By steps of another size each turn, where there are some (of 3, 4 or 6 names to and fro): for
-    # tens of milliseconds a run has the clock that power allows after the one before, which should
-    # not be the same each time.
+    # For tens of milliseconds a run has the clock that power allows after the one before. So each
+    # runs as long before it is timed, and not always after the same other: by steps of another size
+    # each turn, where there are some (of 3, 4 or 6 names to and fro).
     names = list(runs)
     steps = [step for step in range(1, len(names) + 1) if math.gcd(step, len(names)) == 1]
     for turn in range(turns):
         step = steps[turn % len(steps)]
         for place in range(len(names)):
             name = names[place * step % len(names)]
+            _turn(runs[name], arguments, calls[name])
             seconds, behind = _turn(runs[name], arguments, calls[name])
             times[name].append(seconds)
             waits[name] += not behind
