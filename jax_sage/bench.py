@@ -169,9 +169,9 @@ def measure(
         calls[name] = max(2, round(0.04 / once))
     times: dict[Name, list[float]] = {name: [] for name in runs}
     waits = dict.fromkeys(runs, 0)
-    # For tens of milliseconds a run has the clock that power allows after the one before. So each
-    # runs as long before it is timed, and not always after the same other: by steps of another size
-    # each turn, where there are some (of 3, 4 or 6 names to and fro).
+    # For 20 ms and more a run has the clock that power allows after the one before. So each runs
+    # for 40 before it is timed, and not always after the same other: by steps of another size each
+    # turn, where there are some (of 3, 4 or 6 names to and fro).
     names = list(runs)
     steps = [step for step in range(1, len(names) + 1) if math.gcd(step, len(names)) == 1]
     for turn in range(turns):

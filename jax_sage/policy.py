@@ -8,7 +8,8 @@ from jax_sage.recipe import Recipe, resolve
 
 # Queries and keys from which jax_sage is faster than what Flax models have, XLA's attention, by
 # compute capability. H200: 4.5 times at 1024, the shortest that was measured (benchmarks/records).
-# Models that ask for cuDNN's, which is faster at 1024 and slower from 4096 on, need another rule.
+# Models that ask for cuDNN's, which is faster at 1024 if causal and slower from 4096 on, need
+# another rule.
 _MIN_LENGTH = {90: 1024}
 _MIN_LENGTH_ELSEWHERE = 1024  # on GPUs that were not measured
 
