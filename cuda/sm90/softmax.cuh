@@ -219,7 +219,7 @@ struct Scores {
           T::kBiased ? biased_count : static_cast<float>(seen.template Count<T::kTile>(half));
       const float mean = total / fmaxf(count, 1);
       const float old = max[half];
-      if (raise != 0) max[half] = fmaxf(old, ceilf(tile_max) + Pv::Room(tile_max - mean));
+      if (raise != 0) max[half] = fmaxf(old, ceilf(tile_max) + Pv::Room(tile_max - mean, count));
       alpha[half] = max[half] == old ? 1.0f : ptx::Exp2(old - max[half]);
       sum[half] *= alpha[half];
     }

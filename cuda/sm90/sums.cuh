@@ -79,11 +79,12 @@ struct PvFp8 {
     p[2 * pair] &= ptx::SpreadSigns<0, 1, 2, 3>(seen0);
     p[2 * pair + 1] &= ptx::SpreadSigns<0, 1, 2, 3>(seen1);
   }
-  // Powers of two that a row's maximum may grow by before a tile must be done again. They cost
+  // Powers of two that a row's maximum may grow by before a tile must be done again: that of few
+  // keys, where a window begins within a tile, will grow by more. They cost
   // range at the other end: a key with an average score must keep a P that is a normal number
   // (2^-6 and more) with three powers to spare, or small weights behind a few large scores vanish.
-  static __device__ __forceinline__ float Room(float max_over_mean) {
-    return fminf(3, fmaxf(0, floorf(kLog2PMax + 6 - 3 - max_over_mean)));
+  static __device__ __forceinline__ float Room(float max_over_mean, float keys) {
+    return fminf(keys < 32 ? 5 : 3, fmaxf(0, floorf(kLog2PMax + 6 - 3 - max_over_mean)));
   }
 
   __device__ __forceinline__ void Issue(uint32_t (&p)[kTile / kBlockKv][kRegisters], uint64_t v,
@@ -219,7 +220,7 @@ struct PvFp16 {
     p[4 * pair + 3] &= ptx::SpreadSigns<2, 2, 3, 3>(seen1);
   }
   // The limit is 2^(15 - log2 P_MAX) above what P starts with: room enough.
-  static __device__ __forceinline__ float Room(float) { return 0; }
+  static __device__ __forceinline__ float Room(float, float) { return 0; }
 
   __device__ __forceinline__ void Issue(uint32_t (&p)[kTile / kBlockKv][kRegisters], uint64_t v,
                                         int) {
