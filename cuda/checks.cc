@@ -8,6 +8,7 @@
 
 #include "common/layout.h"
 #include "quantize/quantize.h"
+#include "quantize/sort_ids.h"
 
 namespace jax_sage {
 namespace {
@@ -169,7 +170,7 @@ std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buf
   check.Require(!check.Flag(attrs, "skip_unseen") || (some_seen && !segments),
                 "attribute skip_unseen needs some_seen and is not for segments");
   check.Count("arguments", args.size(), segments ? 7 : some_seen ? 5 : 3);
-  check.Count("results", results.size(), segments ? 15 : 11);
+  check.Count("results", results.size(), segments ? 18 : 11);
   if (!check.Ok()) return check.message();
 
   Sizes s;
@@ -209,11 +210,14 @@ std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buf
   if (segments) {
     check.Is("partials", partials, "F32",
              {s.batch, s.kv_heads, kPieces, s.parts, kPartialRows, hc});
-    check.Is("piece_counts", results[10], "S32", {s.batch, s.kv_heads, kPieces, s.parts});
+    check.Is("piece_counts", results[10], "S32", {s.batch, s.kv_heads, 2, kPieces, s.parts});
     check.Is("key_slots", results[11], "S32", {s.batch, s.length_kv});
     check.Is("slot_means", results[12], "BF16", {s.batch, s.kv_heads, s.length_kv, hc});
     check.Is("slot_factors", results[13], "F32", {s.batch, s.kv_heads, s.length_kv, 2});
     check.Is("value_code_sum", results[14], "U32", {s.batch, s.kv_heads, s.length_kv, hc, 2});
+    check.Is("slot_ends", results[15], "S32", {s.batch, s.length_kv});
+    check.Is("piece_arrivals", results[16], "S32", {s.batch, s.kv_heads, 2, s.parts});
+    check.Is("arrivals", results[17], "S32", {s.batch, s.kv_heads, 2});
   } else {
     check.Is("partials", partials, "F32", {s.batch, s.kv_heads, s.parts, kPartialRows, hc});
     check.Is("arrivals", results[10], "S32", {s.batch, s.kv_heads, 2});
@@ -393,6 +397,28 @@ std::string CheckSeenKeys(const std::vector<Buffer>& args, const std::vector<Buf
            " heads, which do not divide " + std::to_string(s.heads);
   });
   if (check.Ok() && sizes != nullptr) *sizes = s;
+  return check.message();
+}
+
+std::string CheckSortIds(const std::vector<Buffer>& args, const std::vector<Buffer>& results,
+                         const Attrs&, SortSizes* sizes) {
+  Checker check("sort_ids");
+  check.Count("arguments", args.size(), 1);
+  check.Count("results", results.size(), 2);
+  if (!check.Ok()) return check.message();
+  const std::vector<int64_t>& dims = args[0].dims;
+  check.Require(args[0].dtype == "S32" && dims.size() == 2, [&] {
+    return "ids is " + args[0].dtype + ToString(dims) + ", expected S32 of rank 2";
+  });
+  if (!check.Ok()) return check.message();
+  check.Require(dims[0] >= 1 && dims[0] <= kMaxLength,
+                [&] { return "ids" + ToString(dims) + " has a batch size out of range"; });
+  check.Require(dims[1] >= 1 && dims[1] <= kMostSorted, [&] {
+    return "ids" + ToString(dims) + " has a length that is not 1 to " + std::to_string(kMostSorted);
+  });
+  check.Is("sorted_ids", results[0], "S32", dims);
+  check.Is("order", results[1], "S32", dims);
+  if (check.Ok() && sizes != nullptr) *sizes = {dims[0], dims[1]};
   return check.message();
 }
 

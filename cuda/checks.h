@@ -44,6 +44,11 @@ struct SeenSizes {
   bool mask = false, bias = false;
 };
 
+// Dimensions of ids to be sorted.
+struct SortSizes {
+  int64_t batch = 0, length = 0;
+};
+
 // An empty message means that the call is right; `sizes`, if given, is then filled.
 std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buffer>& results,
                           const Attrs& attrs, Sizes* sizes);
@@ -53,6 +58,8 @@ std::string CheckPackMask(const std::vector<Buffer>& args, const std::vector<Buf
                           const Attrs& attrs, PackSizes* sizes);
 std::string CheckSeenKeys(const std::vector<Buffer>& args, const std::vector<Buffer>& results,
                           const Attrs& attrs, SeenSizes* sizes);
+std::string CheckSortIds(const std::vector<Buffer>& args, const std::vector<Buffer>& results,
+                         const Attrs& attrs, SortSizes* sizes);
 
 inline std::string CheckQuantize(const std::vector<Buffer>& args,
                                  const std::vector<Buffer>& results, const Attrs& attrs) {
@@ -69,6 +76,10 @@ inline std::string CheckPackMask(const std::vector<Buffer>& args,
 inline std::string CheckSeenKeys(const std::vector<Buffer>& args,
                                  const std::vector<Buffer>& results, const Attrs& attrs) {
   return CheckSeenKeys(args, results, attrs, nullptr);
+}
+inline std::string CheckSortIds(const std::vector<Buffer>& args, const std::vector<Buffer>& results,
+                                const Attrs& attrs) {
+  return CheckSortIds(args, results, attrs, nullptr);
 }
 
 }  // namespace jax_sage

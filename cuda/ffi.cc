@@ -14,6 +14,7 @@
 #include "mask/seen.h"
 #include "mma/attention.h"
 #include "quantize/quantize.h"
+#include "quantize/sort_ids.h"
 #ifdef JAX_SAGE_SM90
 #include "sm90/attention.h"
 #endif
@@ -189,6 +190,9 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remai
     params.slot_means = Data<__nv_bfloat16>(out[12]);
     params.slot_factors = Data<float2>(out[13]);
     params.value_code_sum = Data<long long>(out[14]);
+    params.slot_ends = Data<int32_t>(out[15]);
+    params.piece_arrivals = Data<int32_t>(out[16]);
+    params.arrivals = Data<int32_t>(out[17]);
   } else {
     if (some_seen != 0) params.per_counted_key = Data<float>(in[4]);
     params.channels = Data<float>(out[6]);
@@ -422,6 +426,21 @@ ffi::Error SeenKeysImpl(cudaStream_t stream, ffi::RemainingArgs args,
   return FromCuda("seen_keys", LaunchSeen(params, stream));
 }
 
+ffi::Error SortIdsImpl(cudaStream_t stream, ffi::AnyBuffer ids,
+                       ffi::Result<ffi::AnyBuffer> sorted_ids, ffi::Result<ffi::AnyBuffer> order) {
+  SortSizes sizes;
+  const std::string message =
+      CheckSortIds({Describe(ids)}, {Describe(*sorted_ids), Describe(*order)}, {}, &sizes);
+  if (!message.empty()) return Invalid(message);
+  SortParams params{};
+  params.ids = Data<int32_t>(ids);
+  params.sorted_ids = Data<int32_t>(*sorted_ids);
+  params.order = Data<int32_t>(*order);
+  params.batch = sizes.batch;
+  params.length = static_cast<int>(sizes.length);
+  return FromCuda("sort_ids", LaunchSortIds(params, stream));
+}
+
 }  // namespace
 }  // namespace jax_sage
 
@@ -441,6 +460,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageSeenKeys, jax_sage::SeenKeysImpl,
                                   .Attr<int64_t>("length_q")
                                   .Attr<int64_t>("mask")
                                   .Attr<int64_t>("bias"),
+                              {xla::ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageSortIds, jax_sage::SortIdsImpl,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<xla::ffi::AnyBuffer>()   // ids [B, S]
+                                  .Ret<xla::ffi::AnyBuffer>()   // sorted
+                                  .Ret<xla::ffi::AnyBuffer>(),  // whose they are
                               {xla::ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageQuantize, jax_sage::QuantizeImpl,

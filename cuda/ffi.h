@@ -12,3 +12,5 @@ extern "C" XLA_FFI_Error* JaxSageAttention(XLA_FFI_CallFrame* call_frame);
 extern "C" XLA_FFI_Error* JaxSagePackMask(XLA_FFI_CallFrame* call_frame);
 // jax_sage_seen_keys: (rows, mask, bias) -> seen, an operand of jax_sage_quantize.
 extern "C" XLA_FFI_Error* JaxSageSeenKeys(XLA_FFI_CallFrame* call_frame);
+// jax_sage_sort_ids: segment ids -> (sorted, whose they are), operands of jax_sage_quantize.
+extern "C" XLA_FFI_Error* JaxSageSortIds(XLA_FFI_CallFrame* call_frame);

@@ -237,11 +237,14 @@ def quantize(
         scratch = (
             # Of segments that lie in several parts: two pieces in each part.
             array(jnp.float32, batch, kv_heads, 2, parts, 6, hc),
-            array(jnp.int32, batch, kv_heads, 2, parts),  # keys that count
+            array(jnp.int32, batch, kv_heads, 2, 2, parts),  # keys that count, of K and of V
             array(jnp.int32, batch, length_kv),  # slots of the keys
             array(jnp.bfloat16, *by_slot, hc),  # mean of K
             array(jnp.float32, *by_slot, 2),  # size of K; 1 / keys that count
             code_sum(length_kv, hc, 2),
+            array(jnp.int32, batch, length_kv),  # where segments end
+            array(jnp.int32, batch, kv_heads, 2, parts),  # counters of pieces that are done
+            array(jnp.int32, batch, kv_heads, 2),  # and of parts
         )
     else:
         quantized += (

@@ -1,5 +1,6 @@
 #include "common/epilogue.cuh"
 #include "common/masks.cuh"
+#include "common/overlap.cuh"
 #include "mask/mark.h"
 
 namespace jax_sage {
@@ -22,6 +23,7 @@ __global__ void __launch_bounds__(kThreads)
   const int kv_head = head / (attention.heads / attention.kv_heads);
   const int64_t unit = static_cast<int64_t>(batch) * attention.kv_heads + kv_head;
   const int c = threadIdx.x;
+  WaitForPrevious();
 
   // The first of all channels; that of V is of the key too.
   __shared__ int first_key;
@@ -80,8 +82,8 @@ cudaError_t Launch(const AttentionParams& attention, const MarkParams& params,
   const int64_t blocks = (attention.length_q + kTurns * kRows - 1) / (kTurns * kRows) *
                          attention.batch * attention.heads;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  Mark<Type><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(attention, params);
-  return cudaGetLastError();
+  return LaunchOverlapping(Mark<Type>, static_cast<unsigned>(blocks), kThreads, 0, stream,
+                           attention, params);
 }
 
 }  // namespace

@@ -17,6 +17,7 @@
 // rounded to bfloat16.
 #include <algorithm>
 
+#include "common/overlap.cuh"
 #include "quantize/codes.cuh"
 #include "quantize/quantize.h"
 #include "quantize/statistics.cuh"
@@ -120,27 +121,10 @@ template <class In, int kAccess, int kHeadDim>
 __global__ void __launch_bounds__(kThreads<kHeadDim>, kCtasPerSm<In, kHeadDim>)
     Quantize(const QuantizeParams params, const Plan plan) {
   if (!kIsBuilt<kHeadDim>) return;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();  // the attention's CTAs may start where SMs get free
-#endif
+  LetNextStart();
   extern __shared__ uint4 dynamic[];
   Shared<In, kHeadDim>& shared = *reinterpret_cast<Shared<In, kHeadDim>*>(dynamic);
-  // First the lead, then codes and statistics by turns, the codes that are left, and Q.
-  const int block = blockIdx.x;
-  const int paired = 2 * (plan.items - plan.lead);
-  const int turn = block - plan.lead;
-  bool is_codes;
-  int item;
-  if (turn < 0) {
-    is_codes = false;
-    item = block;
-  } else if (turn < paired) {
-    is_codes = turn % 2 == 0;
-    item = is_codes ? turn / 2 : plan.lead + turn / 2;
-  } else {
-    is_codes = true;
-    item = turn - paired / 2;
-  }
+  const auto [item, is_codes] = TurnOf(plan, blockIdx.x);
   if (item >= plan.items) {
     MakeQueryCodes<In, kAccess, kHeadDim>(params, shared.ring, item - plan.items);
     return;
@@ -152,11 +136,6 @@ __global__ void __launch_bounds__(kThreads<kHeadDim>, kCtasPerSm<In, kHeadDim>)
     MakeItem<kValue, In, kAccess>(params, plan, shared, unit / 2, part, is_codes);
   }
 }
-
-// Items of statistics ahead of the codes, for each SM. With fewer, codes wait for statistics that
-// still run; with more, K and V have left L2 when their codes are made.
-template <class In>
-constexpr int kLeadPerSm = sizeof(In) == 4 ? 1 : 2;
 
 template <class In, int kAccess, int kHeadDim>
 cudaError_t Launch(const QuantizeParams& params, cudaStream_t stream) {
@@ -179,12 +158,7 @@ cudaError_t Launch(const QuantizeParams& params, cudaStream_t stream) {
   const int64_t query_items =
       params.batch * params.heads * ceil_div(params.padded_q, kQueriesOfItem<In, kHeadDim>);
   if (2 * items + query_items > INT32_MAX) return cudaErrorInvalidConfiguration;
-  Plan plan;
-  plan.items = static_cast<int>(items);
-  plan.lead = static_cast<int>(std::min<int64_t>(items, params.parts + kLeadPerSm<In> * sms));
-  plan.tokens_per_part =
-      static_cast<int>(ceil_div(ceil_div(params.length_kv, params.parts), kTokens) * kTokens);
-  plan.per_token = static_cast<float>(1.0 / params.length_kv);
+  const Plan plan = PlanOf<In>(params, kTokens, sms);
 
   error = cudaMemsetAsync(params.arrivals, 0, units * sizeof(*params.arrivals), stream);
   if (error != cudaSuccess) return error;

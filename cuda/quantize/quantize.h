@@ -31,7 +31,7 @@ struct QuantizeParams {
   int32_t* first_bad;         // [B, K, 2, Hc]
   long long* value_code_sum;  // [B, K, Hc]
   float* partials;            // scratch [B, K, parts, kPartialRows, Hc]
-  int32_t* arrivals;          // scratch [B, K, 2]: parts of K and V whose statistics are done
+  int32_t* arrivals;          // scratch [B, K, 2]: CTAs of K and V whose statistics are done
 
   int64_t batch;
   int heads;
@@ -55,8 +55,8 @@ struct QuantizeParams {
 // that are not finite (bits of an int32); with segments extrema of K in place of the positions.
 constexpr int kPartialRows = 6;
 
-// With segments: means and scales of V by slot (layout.h). Of the fields above, per_counted_key,
-// channels and arrivals are null; value_code_sum is [B, K, S, Hc], and partials
+// With segments: means and scales of V by slot (layout.h). Of the fields above, per_counted_key and
+// channels are null; value_code_sum is [B, K, S, Hc], and partials
 // [B, K, kPieces, parts, kPartialRows, Hc].
 struct SegmentedParams : QuantizeParams {
   const int32_t* query_ids;                // [B or 1, Tp]
@@ -69,7 +69,9 @@ struct SegmentedParams : QuantizeParams {
   int32_t* key_slots;         // scratch [B, S]
   __nv_bfloat16* slot_means;  // scratch [B, K, S, Hc], of K
   float2* slot_factors;       // scratch [B, K, S]: size of K, 1 / the keys that count
-  int32_t* piece_counts;      // scratch [B, K, kPieces, parts]: keys that count
+  int32_t* piece_counts;      // scratch [B, K, 2, kPieces, parts]: keys that count
+  int32_t* slot_ends;         // scratch [B, S]: the place behind the segment's last key
+  int32_t* piece_arrivals;    // scratch [B, K, 2, parts]: pieces that are done, by the first's part
 };
 
 // Pieces of segments that a part of the sorted keys shares with others: of a segment that began

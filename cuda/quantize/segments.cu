@@ -1,17 +1,18 @@
 // Quantization of Q, K and V where each segment has means and scales of its own.
 //
-// XLA sorts the keys by segment id; a segment's slot is the place of its first key in that order,
+// The keys come sorted by segment id; a segment's slot is the place of its first key in that order,
 // and what belongs to it lies at its slot in tables that are as long as the keys. Launches, each
 // of which needs the whole of the one before:
 //   1. the slots of keys and queries;
-//   2. statistics: a CTA goes over a part of the sorted keys of a head, segment by segment, and
-//      finishes those that lie in it as a whole;
-//   3. the segments that lie in several parts: their pieces are put together;
-//   4. codes, in the order of the tokens, as in quantize.cu;
-//   5. V's scales, and what smoothing took from it, by the sums of its codes.
+//   2. statistics and codes, in the order of quantize.cu. For its statistics a CTA goes over a part
+//      of the sorted keys of a head, segment by segment, and finishes those that lie in it as a
+//      whole. Where a segment lies in several parts, the last CTA to make its piece puts them
+//      together. Codes are in the order of the tokens, and wait for all parts of their head;
+//   3. V's scales, and what smoothing took from it, by the sums of its codes.
 // Every sum of floats is made in an order that the ids and the lengths alone decide.
 #include <algorithm>
 
+#include "common/overlap.cuh"
 #include "quantize/codes.cuh"
 #include "quantize/quantize.h"
 #include "quantize/statistics.cuh"
@@ -62,7 +63,9 @@ __device__ __forceinline__ const int32_t* SortedIds(const SegmentedParams& param
 
 constexpr int kSlotThreads = 256;
 
+// The slots, and what the other launches expect to be initialized.
 __global__ void __launch_bounds__(kSlotThreads) FindSlots(const SegmentedParams params) {
+  LetNextStart();
   int64_t i = blockIdx.x * int64_t{kSlotThreads} + threadIdx.x;
   const int64_t keys = params.batch * params.length_kv;
   if (i < keys) {
@@ -70,8 +73,12 @@ __global__ void __launch_bounds__(kSlotThreads) FindSlots(const SegmentedParams 
     const int place = static_cast<int>(i % params.length_kv);
     const int32_t* ids = params.sorted_ids + batch * params.key_id_stride;
     const int position = __ldg(params.order + batch * params.key_id_stride + place);
-    params.key_slots[batch * params.length_kv + position] =
-        FindPlace(ids, params.length_kv, __ldg(ids + place));
+    const int id = __ldg(ids + place), slot = FindPlace(ids, params.length_kv, id);
+    const int64_t first = batch * params.length_kv;
+    params.key_slots[first + position] = slot;
+    if (place + 1 == params.length_kv || __ldg(ids + place + 1) != id) {
+      params.slot_ends[first + slot] = place + 1;
+    }
     return;
   }
   i -= keys;
@@ -83,15 +90,24 @@ __global__ void __launch_bounds__(kSlotThreads) FindSlots(const SegmentedParams 
     return;
   }
   i -= params.batch * params.padded_q;
-  if (i < params.batch * params.kv_heads * kBadRows * TableChannels(params.padded_head_dim)) {
-    params.first_bad[i] = kNever;
-  }
+  const int64_t units = 2 * params.batch * params.kv_heads;
+  if (i < units) params.arrivals[i] = 0;
+  if (i < units * params.parts) params.piece_arrivals[i] = 0;
+  static_assert(kBadRows == 2, "of a unit K and V");
+  if (i < units * TableChannels(params.padded_head_dim)) params.first_bad[i] = kNever;
 }
+
+template <int kHeadDim>
+union SharedCodes {
+  SharedKey<kHeadDim> key;
+  SharedValue<kHeadDim> value;
+};
 
 template <int kHeadDim>
 struct SharedPart {
   SharedStatistics<kHeadDim> statistics;
   float warp_max[kWarps<kHeadDim>];
+  bool is_last;
 };
 
 // Of numbers that are not negative. Synchronizes once.
@@ -146,90 +162,31 @@ struct Rows {
   static constexpr int kMin = kTensor == kKey ? kMinK : kMinV;
 };
 
-__device__ __forceinline__ int64_t FirstPart(const SegmentedParams& params, int head, Piece piece) {
-  return (head * static_cast<int64_t>(kPieces) + piece) * params.parts;
+__device__ __forceinline__ int64_t FirstPart(const SegmentedParams& params, int64_t unit,
+                                             Piece piece) {
+  return (unit * kPieces + piece) * params.parts;
 }
 
-// Statistics of a part of a head's sorted keys.
-template <Tensor kTensor, class In, int kAccess, int kHeadDim>
-__device__ __forceinline__ void MakePart(const SegmentedParams& params, const Plan& plan,
-                                         Ring<In, kHeadDim>& ring, SharedPart<kHeadDim>& shared,
-                                         int head, int part) {
-  const int64_t begin = static_cast<int64_t>(part) * plan.tokens_per_part;
-  if (begin >= params.length_kv) return;
-  const int end =
-      static_cast<int>(min(begin + plan.tokens_per_part, static_cast<int64_t>(params.length_kv)));
-  const int32_t* ids = SortedIds(params, head);
-  using T = Tokens<In, kAccess | kSorted, kHeadDim>;
-  T tokens(kTensor == kKey ? params.key : params.value, head, params.kv_heads, params.length_kv,
-           params.head_dim, SeenBy(params, head));
-  tokens.order = params.order + head / params.kv_heads * params.key_id_stride;
-  int* bad =
-      params.first_bad +
-      (head * static_cast<int64_t>(kBadRows) + (kTensor == kKey ? kBadKey : kBadValue)) * kHeadDim;
-  const int c = threadIdx.x;
-  int next;
-#pragma unroll 1
-  for (int run = static_cast<int>(begin); run < end; run = next) {
-    next = EndOfRun(ids, run, end);
-    tokens.length = next;  // nothing is loaded of those behind
-    Stream<kTensor, T> stream(tokens, ring, run, next, false);
-    int count = 0;
-#pragma unroll 1
-    for (int i = run; i < next; i += kThreads<kHeadDim>) {  // all have read `shared`
-      count += __syncthreads_count(tokens.Counts(i + threadIdx.x));
-    }
-    const ChannelStatistics all =
-        Combine<true>(shared.statistics, StatisticsOf<kTensor>(tokens, stream, run, next, bad));
-    const bool begins = BeginsAt(ids, run);
-    if (begins && (next == params.length_kv || BeginsAt(ids, next))) {
-      FinishSlot<kTensor>(params, shared, head, run, count, all);
-      continue;
-    }
-    const int64_t index = FirstPart(params, head, begins ? kBegun : kContinued) + part;
-    if (c < kHeadDim) {
-      float* out = params.partials + index * (kPartialRows * kHeadDim) + c;
-      out[Rows<kTensor>::kSum * kHeadDim] = all.sum;
-      out[Rows<kTensor>::kMax * kHeadDim] = all.max;
-      out[Rows<kTensor>::kMin * kHeadDim] = all.min;
-    }
-    // K and V count alike.
-    if (kTensor == kKey && c == 0) params.piece_counts[index] = count;
-  }
-}
-
-// Puts the pieces together of the segment that begins in a part and does not end there, if any.
+// Puts the pieces together of a segment that begins in the part `first` and ends in `last`.
 template <Tensor kTensor, int kHeadDim>
-__device__ __forceinline__ void JoinPieces(const SegmentedParams& params, const Plan& plan,
-                                           SharedPart<kHeadDim>& shared, int head, int part) {
-  const int64_t begin = static_cast<int64_t>(part) * plan.tokens_per_part;
-  const int64_t end = begin + plan.tokens_per_part;
-  if (end >= params.length_kv) return;
-  const int32_t* ids = SortedIds(params, head);
-  if (BeginsAt(ids, static_cast<int>(end))) return;
-  const int id = __ldg(ids + end);
-  if (begin > 0 && __ldg(ids + begin - 1) == id) return;  // it began before
-  const int64_t batch = head / params.kv_heads;
-  const int slot =
-      params.key_slots[batch * params.length_kv + params.order[batch * params.key_id_stride + end]];
-  // The parts that follow and begin with a key of the segment.
-  int last = part;
-#pragma unroll 1
-  for (int first = part + 1; first < params.parts; first += kThreads<kHeadDim>) {
-    const int64_t start = static_cast<int64_t>(first + threadIdx.x) * plan.tokens_per_part;
-    last += __syncthreads_count(start < params.length_kv && __ldg(ids + start) == id);
-  }
-  const int64_t begun = FirstPart(params, head, kBegun);
-  const int64_t continued = FirstPart(params, head, kContinued);
-  int count = params.piece_counts[begun + part];
+__device__ __forceinline__ void JoinPieces(const SegmentedParams& params,
+                                           SharedPart<kHeadDim>& shared, int head, int slot,
+                                           int first, int last) {
+  const int32_t* counts = params.piece_counts;
+  const int64_t unit = 2 * static_cast<int64_t>(head) + kTensor;
+  int count = __ldcg(counts + FirstPart(params, unit, kBegun) + first);
+  const int32_t* continued = counts + FirstPart(params, unit, kContinued);
 #pragma unroll 4
-  for (int i = part + 1; i <= last; ++i) count += params.piece_counts[continued + i];
+  for (int part = first + 1; part <= last; ++part) count += __ldcg(continued + part);
 
   Statistics of_thread;
   const auto gather = [&](int row, auto add) {
     constexpr int kPart = kPartialRows * kHeadDim;
-    Gather<kHeadDim>(params.partials + begun * kPart, part, part + 1, row, add);
-    Gather<kHeadDim>(params.partials + continued * kPart, part + 1, last + 1, row, add);
+    const auto partials = [&](Piece piece) {
+      return params.partials + FirstPart(params, head, piece) * kPart;
+    };
+    Gather<kHeadDim>(partials(kBegun), first, first + 1, row, add);
+    Gather<kHeadDim>(partials(kContinued), first + 1, last + 1, row, add);
   };
   gather(Rows<kTensor>::kSum, [&](int i, float x) { of_thread.sum[i] += x; });
   gather(Rows<kTensor>::kMax,
@@ -240,78 +197,133 @@ __device__ __forceinline__ void JoinPieces(const SegmentedParams& params, const 
                       Combine<true>(shared.statistics, of_thread));
 }
 
+// Statistics of a part of a head's sorted keys, `begin` to `end` - 1.
+template <Tensor kTensor, class In, int kAccess, int kHeadDim>
+__device__ __forceinline__ void MakePart(const SegmentedParams& params, const Plan& plan,
+                                         Ring<In, kHeadDim>& ring, SharedPart<kHeadDim>& shared,
+                                         int head, int part, int begin, int end) {
+  const int64_t batch = head / params.kv_heads;
+  const int32_t* ids = SortedIds(params, head);
+  const int32_t* order = params.order + batch * params.key_id_stride;
+  using T = Tokens<In, kAccess | kSorted, kHeadDim>;
+  T tokens(kTensor == kKey ? params.key : params.value, head, params.kv_heads, params.length_kv,
+           params.head_dim, SeenBy(params, head));
+  tokens.order = order;
+  const int64_t unit = 2 * static_cast<int64_t>(head) + kTensor;
+  int* bad =
+      params.first_bad +
+      (head * static_cast<int64_t>(kBadRows) + (kTensor == kKey ? kBadKey : kBadValue)) * kHeadDim;
+  const int c = threadIdx.x;
+  int next;
+#pragma unroll 1
+  for (int run = begin; run < end; run = next) {
+    next = EndOfRun(ids, run, end);
+    tokens.length = next;  // nothing is loaded of those behind
+    Stream<kTensor, T> stream(tokens, ring, run, next, false);
+    int count = 0;
+#pragma unroll 1
+    for (int i = run; i < next; i += kThreads<kHeadDim>) {  // all have read `shared`
+      count += __syncthreads_count(tokens.Counts(i + threadIdx.x));
+    }
+    const ChannelStatistics all =
+        Combine<true>(shared.statistics, StatisticsOf<kTensor>(tokens, stream, run, next, bad));
+    const int slot = params.key_slots[batch * params.length_kv + __ldg(order + run)];
+    const int last = (params.slot_ends[batch * params.length_kv + slot] - 1) / plan.tokens_per_part;
+    const int first = slot / plan.tokens_per_part;
+    if (first == last) {
+      FinishSlot<kTensor>(params, shared, head, slot, count, all);
+      continue;
+    }
+    const Piece piece = first == part ? kBegun : kContinued;
+    if (c < kHeadDim) {
+      float* out =
+          params.partials + (FirstPart(params, head, piece) + part) * (kPartialRows * kHeadDim) + c;
+      out[Rows<kTensor>::kSum * kHeadDim] = all.sum;
+      out[Rows<kTensor>::kMax * kHeadDim] = all.max;
+      out[Rows<kTensor>::kMin * kHeadDim] = all.min;
+    }
+    if (c == 0) params.piece_counts[FirstPart(params, unit, piece) + part] = count;
+    __syncthreads();  // before the arrival: what it releases; after: the use of `shared`
+    if (c == 0) {
+      const Arrivals pieces(params.piece_arrivals[unit * params.parts + first]);
+      shared.is_last = pieces.fetch_add(1, cuda::memory_order_acq_rel) == last - first;
+    }
+    __syncthreads();
+    if (shared.is_last) JoinPieces<kTensor>(params, shared, head, slot, first, last);
+  }
+  __syncthreads();
+  if (c == 0) {
+    const Arrivals arrivals(params.arrivals[unit]);
+    arrivals.fetch_add(1, cuda::memory_order_release);
+  }
+}
+
+// Codes of a part of a head's keys.
+template <Tensor kTensor, class In, int kAccess, int kHeadDim>
+__device__ __forceinline__ void MakeCodes(const SegmentedParams& params, Ring<In, kHeadDim>& ring,
+                                          SharedCodes<kHeadDim>& shared, int head, int begin,
+                                          int end) {
+  using T = Tokens<In, kAccess, kHeadDim>;
+  const T tokens(kTensor == kKey ? params.key : params.value, head, params.kv_heads,
+                 params.length_kv, params.head_dim, SeenBy(params, head));
+  Stream<kTensor, T> stream(tokens, ring, begin, end, true);
+  if constexpr (kTensor == kKey) {
+    MakeKeyCodes<T>(params, shared.key, tokens, stream, head, begin, end);
+  } else if (params.fp8_value) {
+    MakeValueCodes<true, T>(params, shared.value, tokens, stream, head, begin, end);
+  } else {
+    MakeValueCodes<false, T>(params, shared.value, tokens, stream, head, begin, end);
+  }
+}
+
+template <class In, int kHeadDim>
+struct SharedSegments {
+  Ring<In, kHeadDim> ring;
+  union {
+    SharedPart<kHeadDim> part;
+    SharedCodes<kHeadDim> codes;
+  };
+};
+
+// The statistics of a part of K or V of a head, or its codes.
+template <Tensor kTensor, class In, int kAccess, int kHeadDim>
+__device__ __forceinline__ void MakeItem(const SegmentedParams& params, const Plan& plan,
+                                         SharedSegments<In, kHeadDim>& shared, int head, int part,
+                                         bool is_codes) {
+  const int64_t start = static_cast<int64_t>(part) * plan.tokens_per_part;
+  const int64_t length = is_codes ? params.padded_kv : params.length_kv;
+  const int end = static_cast<int>(min(start + plan.tokens_per_part, length));
+  const int begin = static_cast<int>(min(start, static_cast<int64_t>(end)));
+  if (!is_codes) {
+    MakePart<kTensor, In, kAccess>(params, plan, shared.ring, shared.part, head, part, begin, end);
+  } else if (begin < end) {
+    MakeCodes<kTensor, In, kAccess>(params, shared.ring, shared.codes, head, begin, end);
+  }
+}
+
 // As many as the registers allow.
 template <class In, int kAccess, int kHeadDim>
 constexpr int kCtasPerSm = kHeadDim <= 128 ? (sizeof(In) == 4 ? 1 : 2) + (kAccess & kWide) : 1;
 static_assert(kWide == 1);
 
-// A CTA for each part of K or V of a head.
 template <class In, int kAccess, int kHeadDim>
 __global__ void __launch_bounds__(kThreads<kHeadDim>, kCtasPerSm<In, kAccess, kHeadDim>)
-    SegmentStatistics(const SegmentedParams params, const Plan plan) {
+    QuantizeSegments(const SegmentedParams params, const Plan plan) {
   if (!kIsBuilt<kHeadDim>) return;
+  LetNextStart();
+  WaitForPrevious();
   extern __shared__ uint4 dynamic[];
-  Ring<In, kHeadDim>& ring = *reinterpret_cast<Ring<In, kHeadDim>*>(dynamic);
-  __shared__ SharedPart<kHeadDim> shared;
-  const int unit = blockIdx.x / params.parts, part = blockIdx.x % params.parts;
-  if (unit % 2 == kKey) {
-    MakePart<kKey, In, kAccess>(params, plan, ring, shared, unit / 2, part);
-  } else {
-    MakePart<kValue, In, kAccess>(params, plan, ring, shared, unit / 2, part);
-  }
-}
-
-template <int kHeadDim>
-__global__ void __launch_bounds__(kThreads<kHeadDim>)
-    JoinSegments(const SegmentedParams params, const Plan plan) {
-  if (!kIsBuilt<kHeadDim>) return;
-  __shared__ SharedPart<kHeadDim> shared;
-  const int unit = blockIdx.x / params.parts, part = blockIdx.x % params.parts;
-  if (unit % 2 == kKey) {
-    JoinPieces<kKey>(params, plan, shared, unit / 2, part);
-  } else {
-    JoinPieces<kValue>(params, plan, shared, unit / 2, part);
-  }
-}
-
-template <int kHeadDim>
-union SharedCodes {
-  SharedKey<kHeadDim> key;
-  SharedValue<kHeadDim> value;
-};
-
-template <class In, int kAccess, int kHeadDim>
-__global__ void __launch_bounds__(kThreads<kHeadDim>, kCtasPerSm<In, kAccess, kHeadDim>)
-    SegmentCodes(const SegmentedParams params, const Plan plan) {
-  if (!kIsBuilt<kHeadDim>) return;
-  using T = Tokens<In, kAccess, kHeadDim>;
-  extern __shared__ uint4 dynamic[];
-  Ring<In, kHeadDim>& ring = *reinterpret_cast<Ring<In, kHeadDim>*>(dynamic);
-  __shared__ SharedCodes<kHeadDim> shared;
-  // From the last to the first: of what the statistics have read last, some is still in L2.
-  const int item = plan.items - 1 - static_cast<int>(blockIdx.x);
-  if (item < 0) {
-    MakeQueryCodes<In, kAccess, kHeadDim>(params, ring, -1 - item);
+  auto& shared = *reinterpret_cast<SharedSegments<In, kHeadDim>*>(dynamic);
+  const auto [item, is_codes] = TurnOf(plan, blockIdx.x);
+  if (item >= plan.items) {
+    MakeQueryCodes<In, kAccess, kHeadDim>(params, shared.ring, item - plan.items);
     return;
   }
-  const int unit = item / params.parts, part = item % params.parts, head = unit / 2;
-  const int64_t begin = static_cast<int64_t>(part) * plan.tokens_per_part;
-  const int end =
-      static_cast<int>(min(begin + plan.tokens_per_part, static_cast<int64_t>(params.padded_kv)));
-  if (begin >= end) return;
-  const int first = static_cast<int>(begin);
-  const T tokens(unit % 2 == kKey ? params.key : params.value, head, params.kv_heads,
-                 params.length_kv, params.head_dim, SeenBy(params, head));
+  const int unit = item / params.parts, part = item % params.parts;
   if (unit % 2 == kKey) {
-    Stream<kKey, T> stream(tokens, ring, first, end, true);
-    MakeKeyCodes<T>(params, shared.key, tokens, stream, head, first, end);
-    return;
-  }
-  Stream<kValue, T> stream(tokens, ring, first, end, true);
-  if (params.fp8_value) {
-    MakeValueCodes<true, T>(params, shared.value, tokens, stream, head, first, end);
+    MakeItem<kKey, In, kAccess>(params, plan, shared, unit / 2, part, is_codes);
   } else {
-    MakeValueCodes<false, T>(params, shared.value, tokens, stream, head, first, end);
+    MakeItem<kValue, In, kAccess>(params, plan, shared, unit / 2, part, is_codes);
   }
 }
 
@@ -319,6 +331,8 @@ __global__ void __launch_bounds__(kThreads<kHeadDim>, kCtasPerSm<In, kAccess, kH
 template <int kHeadDim>
 __global__ void __launch_bounds__(kThreads<kHeadDim>) FinishChannels(const SegmentedParams params) {
   if (!kIsBuilt<kHeadDim>) return;
+  LetNextStart();
+  WaitForPrevious();
   constexpr int kPlaces = kThreads<kHeadDim>;
   __shared__ uint32_t begins[kPlaces / 32];
   const int groups = (params.length_kv + kPlaces - 1) / kPlaces;
@@ -360,38 +374,38 @@ __global__ void __launch_bounds__(kThreads<kHeadDim>) FinishChannels(const Segme
 template <class In, int kAccess, int kHeadDim>
 cudaError_t LaunchSegments(const SegmentedParams& params, cudaStream_t stream) {
   constexpr int kTokens = Tokens<In, kAccess, kHeadDim>::kTokens;
+  constexpr int kSharedBytes = sizeof(SharedSegments<In, kHeadDim>);
+  const auto kernel = &QuantizeSegments<In, kAccess, kHeadDim>;
+  int device = 0, sms = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  }
+  if (error != cudaSuccess) return error;
+
   const auto ceil_div = [](int64_t x, int64_t y) { return (x + y - 1) / y; };
   const int64_t units = 2 * params.batch * params.kv_heads;
   const int64_t items = units * params.parts;
   const int64_t query_items =
       params.batch * params.heads * ceil_div(params.padded_q, kQueriesOfItem<In, kHeadDim>);
   const int64_t tokens = params.batch * (static_cast<int64_t>(params.length_kv) + params.padded_q);
-  const int64_t slot_blocks = ceil_div(tokens + units * kHeadDim, kSlotThreads);
-  static_assert(kBadRows == 2, "of a unit K and V");
+  const int64_t initialized = units * std::max(kHeadDim, params.parts);
+  const int64_t slot_blocks = ceil_div(tokens + initialized, kSlotThreads);
   const int64_t channel_blocks = units / 2 * ceil_div(params.length_kv, kThreads<kHeadDim>);
-  if (std::max({items + query_items, slot_blocks, channel_blocks}) > INT32_MAX) {
+  if (std::max({2 * items + query_items, slot_blocks, channel_blocks}) > INT32_MAX) {
     return cudaErrorInvalidConfiguration;
   }
-  Plan plan{};
-  plan.items = static_cast<int>(items);
-  plan.tokens_per_part =
-      static_cast<int>(ceil_div(ceil_div(params.length_kv, params.parts), kTokens) * kTokens);
-
-  constexpr int kRingBytes = sizeof(Ring<In, kHeadDim>);
-  const auto statistics = &SegmentStatistics<In, kAccess, kHeadDim>;
-  const auto codes = &SegmentCodes<In, kAccess, kHeadDim>;
-  constexpr auto kMaxShared = cudaFuncAttributeMaxDynamicSharedMemorySize;
-  cudaError_t error = cudaFuncSetAttribute(statistics, kMaxShared, kRingBytes);
-  if (error == cudaSuccess) error = cudaFuncSetAttribute(codes, kMaxShared, kRingBytes);
-  if (error != cudaSuccess) return error;
-
+  const Plan plan = PlanOf<In>(params, kTokens, sms);
   const auto blocks = [](int64_t count) { return static_cast<unsigned>(count); };
   FindSlots<<<blocks(slot_blocks), kSlotThreads, 0, stream>>>(params);
-  statistics<<<blocks(items), kThreads<kHeadDim>, kRingBytes, stream>>>(params, plan);
-  JoinSegments<kHeadDim><<<blocks(items), kThreads<kHeadDim>, 0, stream>>>(params, plan);
-  codes<<<blocks(items + query_items), kThreads<kHeadDim>, kRingBytes, stream>>>(params, plan);
-  FinishChannels<kHeadDim><<<blocks(channel_blocks), kThreads<kHeadDim>, 0, stream>>>(params);
-  return cudaGetLastError();
+  error = LaunchOverlapping(kernel, blocks(2 * items + query_items), kThreads<kHeadDim>,
+                            kSharedBytes, stream, params, plan);
+  if (error != cudaSuccess) return error;
+  return LaunchOverlapping(FinishChannels<kHeadDim>, blocks(channel_blocks), kThreads<kHeadDim>, 0,
+                           stream, params);
 }
 
 template <class In, int kAccess>

@@ -20,7 +20,9 @@ class SlotMeans {
   __device__ __forceinline__ SlotMeans(const SegmentedParams& params, int kv_head)
       : params_(params),
         first_slot_(kv_head * static_cast<int64_t>(params.length_kv)),
-        first_token_(kv_head / params.kv_heads * static_cast<int64_t>(Length())) {}
+        first_token_(kv_head / params.kv_heads * static_cast<int64_t>(Length())) {
+    WaitForStatistics(params, kv_head, kKey);
+  }
 
   // The chunk that begins with a token.
   __device__ __forceinline__ void Next(int first) {
@@ -56,7 +58,7 @@ class SlotMeans {
     return __ldg(slots + first_token_ + min(token, Length() - 1));
   }
   __device__ __forceinline__ float LoadSize(int slot) const {
-    return __ldg(&params_.slot_factors[first_slot_ + slot].x);
+    return __ldcg(&params_.slot_factors[first_slot_ + slot].x);
   }
   __device__ __forceinline__ void Load(int slot) {
     if (slot < 0) {
@@ -67,7 +69,7 @@ class SlotMeans {
     }
     const __nv_bfloat16* from = params_.slot_means + (first_slot_ + slot) * kHeadDim + T::Channel();
     Vector<__nv_bfloat16> vector;
-    *reinterpret_cast<uint4*>(vector.pairs) = __ldg(reinterpret_cast<const uint4*>(from));
+    *reinterpret_cast<uint4*>(vector.pairs) = __ldcg(reinterpret_cast<const uint4*>(from));
     ToFloats(mean, vector);
     if (kTensor == kKey) inverse_size_ = __frcp_rn(LoadSize(slot));  // a power of two: exact
   }
@@ -115,7 +117,7 @@ class SlotValues {
   __device__ __forceinline__ ValuePair Load(int slot, int pair) const {
     const float* channels = params_.slot_channels + (first_slot_ + slot) * (kSlotRows * kHeadDim);
     const auto load = [&](SlotRow row) {
-      return __ldg(reinterpret_cast<const float2*>(channels + row * kHeadDim) + pair);
+      return __ldcg(reinterpret_cast<const float2*>(channels + row * kHeadDim) + pair);
     };
     const float2 average = load(kSlotOffset), absmax = load(kSlotScale);
     const ValueChannel x(average.x, absmax.x), y(average.y, absmax.y);

@@ -31,14 +31,24 @@ struct SharedStatistics {
 
 using Arrivals = cuda::atomic_ref<int32_t, cuda::thread_scope_device>;
 
+// For so many of a unit.
+__device__ __forceinline__ void WaitForArrivals(const QuantizeParams& params, int head,
+                                                Tensor tensor, int count) {
+  if (threadIdx.x == 0) {
+    const Arrivals arrivals(params.arrivals[2 * static_cast<int64_t>(head) + tensor]);
+    while (arrivals.load(cuda::memory_order_acquire) != count) __nanosleep(100);
+  }
+  __syncthreads();
+}
 // The parts of a unit arrive, and then the CTA that put them together.
 __device__ __forceinline__ void WaitForStatistics(const QuantizeParams& params, int head,
                                                   Tensor tensor) {
-  if (threadIdx.x == 0) {
-    const Arrivals arrivals(params.arrivals[2 * static_cast<int64_t>(head) + tensor]);
-    while (arrivals.load(cuda::memory_order_acquire) != params.parts + 1) __nanosleep(100);
-  }
-  __syncthreads();
+  WaitForArrivals(params, head, tensor, params.parts + 1);
+}
+// Each part puts together what it is the last of.
+__device__ __forceinline__ void WaitForStatistics(const SegmentedParams& params, int head,
+                                                  Tensor tensor) {
+  WaitForArrivals(params, head, tensor, params.parts);
 }
 
 // Which keys of a head are seen, or null.

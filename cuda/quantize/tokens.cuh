@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <type_traits>
@@ -56,6 +57,36 @@ struct Plan {
   int tokens_per_part;
   float per_token;  // 1 / length_kv
 };
+
+// Items of statistics ahead of the codes, for each SM. With fewer, codes wait for statistics that
+// still run; with more, K and V have left L2 when their codes are made.
+template <class In>
+constexpr int kLeadPerSm = sizeof(In) == 4 ? 1 : 2;
+
+// tokens: of a chunk, of which parts are made.
+template <class In>
+Plan PlanOf(const QuantizeParams& params, int tokens, int sms) {
+  const int64_t items = 2 * params.batch * params.kv_heads * params.parts;
+  const int chunks = (params.length_kv - 1) / tokens + 1;
+  return {static_cast<int>(items),
+          static_cast<int>(std::min<int64_t>(items, params.parts + kLeadPerSm<In> * sms)),
+          ((chunks - 1) / params.parts + 1) * tokens, static_cast<float>(1.0 / params.length_kv)};
+}
+
+// The work of a CTA: an item's statistics or its codes, or, from plan.items on, Q's codes.
+struct Turn {
+  int item;
+  bool is_codes;
+};
+// First the lead, then codes and statistics by turns, the codes that are left, and Q.
+__device__ __forceinline__ Turn TurnOf(const Plan& plan, int block) {
+  const int paired = 2 * (plan.items - plan.lead);
+  const int turn = block - plan.lead;
+  if (turn < 0) return {block, false};
+  if (turn >= paired) return {turn - paired / 2, true};
+  if (turn % 2 == 0) return {turn / 2, true};
+  return {plan.lead + turn / 2, false};
+}
 
 // Two neighbouring channels, as they are stored.
 template <class In>

@@ -313,6 +313,7 @@ __device__ __forceinline__ void MakeValueCodes(const SegmentedParams& params,
                                                Stream<kValue, T>& stream, int head, int begin,
                                                int end) {
   const int c = threadIdx.x;
+  WaitForStatistics(params, head, kValue);
   const bool is_bad = __syncthreads_or(c < kHeadDim && IsBad<kHeadDim>(params, head, c));
   const SlotValues<T> values(params, head);
   CodeSums<kFp8, kHeadDim> sums;

@@ -14,6 +14,7 @@
 #include "common/epilogue.cuh"
 #include "common/layout.h"
 #include "common/masks.cuh"
+#include "common/overlap.cuh"
 #include "common/ptx.cuh"
 #include "sm90/attention.h"
 #include "sm90/barrier.cuh"
@@ -363,7 +364,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   T::Pv::Prepare(shared + T::kV, T::kStages);
   ptx::FenceAsyncProxy();
   __syncthreads();
-  cudaGridDependencySynchronize();  // see Launch
+  LetNextStart();
+  WaitForPrevious();
 
   if (threadIdx.x < 128) {
     ptx::RegistersDown<T::kProducerRegisters>();
@@ -425,23 +427,8 @@ cudaError_t Launch(const AttentionParams& params, cudaStream_t stream) {
   const Cut cut = CutQueries(static_cast<int64_t>(heads), params.length_q, T::kConsumers, sms,
                              !T::kMasked && !T::kBiased && params.alike);
   const unsigned ctas = std::min(cut.items, static_cast<unsigned>(sms));
-  // CTAs may start while the last of the quantization run, and wait for them: launch and prologue
-  // take no time of their own then. Graphs are captured a custom call at a time, where there is
-  // nothing to wait for, and some drivers capture no such launches.
-  cudaStreamCaptureStatus capturing;
-  error = cudaStreamIsCapturing(stream, &capturing);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = ctas;
-  config.blockDim = T::kThreads;
-  config.dynamicSmemBytes = T::kSharedBytes;
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = capturing == cudaStreamCaptureStatusNone ? 1 : 0;
-  return cudaLaunchKernelEx(&config, AttentionKernel<T>, params, maps, cut);
+  return LaunchOverlapping(AttentionKernel<T>, ctas, T::kThreads, T::kSharedBytes, stream, params,
+                           maps, cut);
 }
 
 }  // namespace jax_sage::sm90

@@ -76,6 +76,7 @@ def poison_results(source: str) -> str:
         ("  AttentionParams params{};\n", ["(*out)", "(*lse)"]),
         ("  PackParams params{};\n", ["(*words)", "(*views)"]),
         ("  SeenParams params{};\n", ["(*seen)"]),
+        ("  SortParams params{};\n", ["(*sorted_ids)", "(*order)"]),
     ):
         assert source.count(place) == 1, place
         poison = "".join(

@@ -1,0 +1,23 @@
+// Segment ids in order, and whose they are.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace jax_sage {
+
+// Of a batch entry. More are XLA's to sort.
+constexpr int kMostSorted = 16384;
+
+struct SortParams {
+  const int32_t* ids;   // [B, S]
+  int32_t* sorted_ids;  // [B, S]
+  int32_t* order;       // [B, S]: whose they are; of equal ids in the order of the tokens
+  int64_t batch;
+  int length;
+};
+
+cudaError_t LaunchSortIds(const SortParams& params, cudaStream_t stream);
+
+}  // namespace jax_sage
