@@ -28,9 +28,9 @@ TILE = 128  # keys that are planned together
 # Queries whose intervals may be constants of a program, 8 bytes each: at more, what it takes to
 # make them is no longer seen.
 _MOST_CONSTANTS = 16384
-# Ids of a batch entry that a kernel sorts: XLA's sort of a few thousand takes 30 us, and more are
-# its own to sort.
-_MOST_SORTED = 16384
+# Ids of a batch entry that a kernel sorts, in shared memory. XLA sorts more; of a few thousand that
+# would take 30 us.
+MOST_SORTED = 8192
 
 
 class MaskOperands(NamedTuple):
@@ -98,12 +98,16 @@ def sorted_segments(
     assert masks.query_segment_ids is not None and key_ids is not None
     ids = flat_batch(key_ids, batch)
     ids = jnp.broadcast_to(ids, (ids.shape[0], length_kv))
-    if length_kv <= _MOST_SORTED:
-        result = jax.ShapeDtypeStruct(ids.shape, jnp.int32)
-        ordered = jax.ffi.ffi_call("jax_sage_sort_ids", (result, result))(ids)
-    else:
-        ordered = sort_ids(ids)
-    return _pad_by_last(flat_batch(masks.query_segment_ids, batch), padded_q), *ordered
+    return _pad_by_last(flat_batch(masks.query_segment_ids, batch), padded_q), *sort_by_kernel(ids)
+
+
+def sort_by_kernel(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """masking.sort_ids of [B, S], by a kernel where they are not too many."""
+    if ids.shape[1] > MOST_SORTED:
+        return sort_ids(ids)
+    result = jax.ShapeDtypeStruct(ids.shape, jnp.int32)
+    sorted_ids, order = jax.ffi.ffi_call("jax_sage_sort_ids", (result, result))(ids)
+    return sorted_ids, order
 
 
 def round_up(x: int, multiple: int) -> int:

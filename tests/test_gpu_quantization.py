@@ -259,6 +259,27 @@ def test_means_hide_the_order_of_their_sum(dtype):
     np.testing.assert_array_equal(actual["q_scale"], expected["q_scale"])
 
 
+@pytest.mark.parametrize("length", [1, 2, 3, 1000, 1025, 8192, mask_operands.MOST_SORTED])
+def test_ids_are_sorted(length):
+    """Of equal ids the first token comes first; what is in order stays."""
+    rng = np.random.default_rng(length)
+    extremes = np.array([2**31 - 1, -(2**31), 0, -1, 1])
+    ids = np.stack(
+        [
+            rng.choice(extremes, length),
+            rng.integers(-(2**31), 2**31, length),
+            np.arange(length) // 7 - 5,
+            -np.arange(length),
+            np.full(length, 2**31 - 1),
+            np.where(np.arange(length) == length - 1, -3, 2),
+        ]
+    ).astype(np.int32)
+    sorted_ids, order = jax.jit(mask_operands.sort_by_kernel)(ids)
+    expected = np.argsort(ids, axis=-1, kind="stable")
+    np.testing.assert_array_equal(order, expected)
+    np.testing.assert_array_equal(sorted_ids, np.take_along_axis(ids, expected, -1))
+
+
 def segments_by_kernels(q, k, v, recipe, query_ids, key_ids, seen):
     """The nine results of the quantization with segments, [B, ...]."""
 

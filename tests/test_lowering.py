@@ -15,6 +15,7 @@ import pytest
 
 import jax_sage
 from jax_sage import RECIPES, Recipe, kernels, lowering_cuda
+from jax_sage.mask_operands import MOST_SORTED
 from jax_sage.masking import Band
 
 needs_module = pytest.mark.skipif(
@@ -294,17 +295,27 @@ def test_masks_are_lowered_to_kernels(name):
 
 @needs_module
 def test_ids_that_queries_and_keys_share_are_sorted_once():
-    """Others are sorted a second time, to find the keys that are seen."""
+    """Of others the queries' are sorted too, to find the keys that are seen."""
     ids = np.zeros((3, 300), np.int32)
-    for keys, sorts in ((ids, 1), (ids.copy(), 2)):
+    for keys, sorts in ((ids, 0), (ids.copy(), 1)):
         text = lower((3, 300, 8, 80), query_segment_ids=ids, key_value_segment_ids=keys)
+        assert text.count("@jax_sage_sort_ids") == 1
         assert operations(text).count("sort") == sorts
+
+
+@needs_module
+def test_ids_too_many_for_a_kernel_are_sorted_by_xla():
+    for length, by_xla in ((MOST_SORTED, False), (MOST_SORTED + 1, True)):
+        ids = np.zeros((1, length), np.int32)
+        text = lower((1, length, 1, 64), query_segment_ids=ids, key_value_segment_ids=ids)
+        assert text.count("@jax_sage_sort_ids") == (not by_xla)
+        assert operations(text).count("sort") == by_xla
 
 
 @needs_module
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_segments_are_quantized_by_the_kernels(recipe):
-    """XLA sorts the ids; out is what the kernel gives."""
+    """Its operands are those that the sort gives; out is what the kernel gives."""
     ids = [np.zeros((3, length), np.int32) for length in (300, 1100)]
     text = lower(
         (3, 300, 8, 80),
@@ -331,7 +342,7 @@ def test_segments_are_quantized_by_the_kernels(recipe):
     ]
     assert results[:9] == quantized
     assert signature(calls["jax_sage_attention"])[0][:9] == quantized
-    assert "stablehlo.sort" in text
+    assert signature(calls["jax_sage_sort_ids"]) == ([((3, 1100), "i32")], 2 * [((3, 1100), "i32")])
     # Nothing of the size of out is computed elsewhere.
     assert tensor_types(text).count(((3, 300, 8, 80), "f32")) == 0
 
@@ -455,6 +466,9 @@ def right_call(which, recipe="8+8", query=(2, 300, 4, 80), key=(2, 1100, 2, 80))
             [words, ("U8", [batch, heads, groups, tiles])],
             {},
         )
+    if which == "sort_ids":
+        ids = ("S32", [batch, tokens])
+        return [ids], [ids, ids], {}
     if which == "seen_keys":
         rows = ("S32", [batch, groups * 64, 2])
         array = [batch, heads, query[-3], tokens]
@@ -484,11 +498,14 @@ def right_call(which, recipe="8+8", query=(2, 300, 4, 80), key=(2, 1100, 2, 80))
             ]
             scratch = [
                 ("F32", [batch, kv_heads, 2, 3, 6, channels]),
-                ("S32", [batch, kv_heads, 2, 3]),
+                ("S32", [batch, kv_heads, 2, 2, 3]),
                 ("S32", [batch, tokens]),
                 ("BF16", [batch, kv_heads, tokens, channels]),
                 ("F32", [batch, kv_heads, tokens, 2]),
                 ("U32", [batch, kv_heads, tokens, channels, 2]),
+                ("S32", [batch, tokens]),
+                ("S32", [batch, kv_heads, 2, 3]),
+                ("S32", [batch, kv_heads, 2]),
             ]
             return args, [*by_slot(quantized, tokens), *scratch], attrs
         return args, [*quantized, parts, arrivals], attrs
@@ -537,7 +554,7 @@ def by_slot(quantized, tokens):
 
 BY_SLOT = [*QUANTIZED[:8], "query_slots"]
 SCRATCH_BY_SLOT = ["partials", "piece_counts", "key_slots", "slot_means", "slot_factors",
-                   "value_code_sum"]  # fmt: skip
+                   "value_code_sum", "slot_ends", "piece_arrivals", "arrivals"]  # fmt: skip
 MASKS = ["rows", "groups", "key", "value", "words", "views"]
 IDS = ["query_ids", "key_ids", "query_ranges", "key_ranges"]
 NAMES = {
@@ -555,8 +572,9 @@ NAMES = {
     "attention with segments": ([*BY_SLOT, *MASKS, *IDS, "bias"], ["out", "lse"]),
     "pack_mask": (["mask"], ["words", "views"]),
     "seen_keys": (["rows", "mask", "bias"], ["seen"]),
+    "sort_ids": (["ids"], ["sorted_ids", "order"]),
 }
-OF_NO_RECIPE = ("pack_mask", "seen_keys")
+OF_NO_RECIPE = ("pack_mask", "seen_keys", "sort_ids")
 CALLS = [(which, recipe) for which in NAMES if which not in OF_NO_RECIPE for recipe in RECIPES]
 CALLS += [(which, "8+8") for which in OF_NO_RECIPE]
 

@@ -4,7 +4,6 @@
 #include <type_traits>
 
 #include "quantize/quantize.h"
-#include "quantize/slots.cuh"
 #include "quantize/statistics.cuh"
 #include "quantize/tokens.cuh"
 
@@ -91,11 +90,12 @@ struct OneMean {
   float mean[kVector];
   __device__ __forceinline__ void Next(int) {}
   __device__ __forceinline__ void Select(int) {}
+  __device__ __forceinline__ float Mean(int i) const { return mean[i]; }
   __device__ __forceinline__ float Center(float x, int i) const { return x - mean[i]; }
 };
 
-template <class T, Tensor kTensor>
-__device__ __forceinline__ OneMean MeansOf(const QuantizeParams& params, int kv_head) {
+template <class T>
+__device__ __forceinline__ OneMean MeanOf(const QuantizeParams& params, int kv_head) {
   constexpr int kHeadDim = T::kThreadsPerRow * kVector;
   WaitForStatistics(params, kv_head, kKey);
   OneMean result;
@@ -103,11 +103,6 @@ __device__ __forceinline__ OneMean MeansOf(const QuantizeParams& params, int kv_
                               kv_head * static_cast<int64_t>(kChannelRows * kHeadDim) +
                               kKeyMean * kHeadDim + T::Channel());
   return result;
-}
-template <class T, Tensor kTensor>
-__device__ __forceinline__ SlotMeans<T, kTensor> MeansOf(const SegmentedParams& params,
-                                                         int kv_head) {
-  return {params, kv_head};
 }
 
 // A chunk of Q: codes, scales, and q·k̄ for lse.
@@ -125,8 +120,8 @@ __device__ __forceinline__ void QueryCodesOfChunk(const QuantizeParams& params, 
 #pragma unroll
     for (int i = 0; i < kVector / 2; ++i) {
       const float2 pair = ToFloats(x[pass].pairs[i]);
-      dots[pass] = fmaf(pair.x, means.mean[2 * i], dots[pass]);
-      dots[pass] = fmaf(pair.y, means.mean[2 * i + 1], dots[pass]);
+      dots[pass] = fmaf(pair.x, means.Mean(2 * i), dots[pass]);
+      dots[pass] = fmaf(pair.y, means.Mean(2 * i + 1), dots[pass]);
     }
   }
   const float dot = ReducePasses<T::kThreadsPerRow>(dots, [](float a, float b) { return a + b; });
@@ -173,23 +168,32 @@ __device__ __forceinline__ void QueryCodesOfChunk(const QuantizeParams& params, 
 template <class In, int kHeadDim>
 constexpr int kQueriesOfItem = 4 * Tokens<In, 0, kHeadDim>::kTokens;
 
-template <class In, int kAccess, int kHeadDim, class Params>
-__device__ __forceinline__ void MakeQueryCodes(const Params& params, Ring<In, kHeadDim>& ring,
-                                               int item) {
-  using T = Tokens<In, kAccess, kHeadDim>;
+// An item of Q: queries of one head.
+struct QueryItem {
+  int head, kv_head, begin, end;
+};
+template <class In, int kHeadDim>
+__device__ __forceinline__ QueryItem QueryItemOf(const QuantizeParams& params, int item) {
   constexpr int kQueries = kQueriesOfItem<In, kHeadDim>;
   const int items_of_head = (params.padded_q + kQueries - 1) / kQueries;
   const int head = item / items_of_head, begin = item % items_of_head * kQueries;
-  const int end = min(begin + kQueries, params.padded_q);
-  const T tokens(params.query, head, params.heads, params.length_q, params.head_dim, nullptr);
-  Stream<kQuery, T> stream(tokens, ring, begin, end, true);
-  auto means = MeansOf<T, kQuery>(params, head / (params.heads / params.kv_heads));
+  return {head, head / (params.heads / params.kv_heads), begin,
+          min(begin + kQueries, params.padded_q)};
+}
+template <class T>
+__device__ __forceinline__ T QueriesOf(const QuantizeParams& params, int head) {
+  return {params.query, head, params.heads, params.length_q, params.head_dim, nullptr};
+}
+template <class T, class Means>
+__device__ __forceinline__ void MakeQueryCodes(const QuantizeParams& params,
+                                               Stream<kQuery, T>& stream, const QueryItem& item,
+                                               Means& means) {
 #pragma unroll 1
-  for (int first = begin; first < end; first += T::kTokens) {
-    Vector<In> x[kPasses];
+  for (int first = item.begin; first < item.end; first += T::kTokens) {
+    Vector<typename T::Element> x[kPasses];
     stream.Next(x);
     means.Next(first);
-    QueryCodesOfChunk<T>(params, head, first, x, means);
+    QueryCodesOfChunk<T>(params, item.head, first, x, means);
   }
 }
 
@@ -292,11 +296,11 @@ __device__ __forceinline__ void ZeroKeyCodes(const QuantizeParams& params, int h
 }
 
 // Of a stream of the tokens `begin` to `end` - 1.
-template <class T, class Params, int kHeadDim>
-__device__ __forceinline__ void MakeKeyCodes(const Params& params, SharedKey<kHeadDim>& shared,
-                                             const T& tokens, Stream<kKey, T>& stream, int head,
-                                             int begin, int end) {
-  auto means = MeansOf<T, kKey>(params, head);
+template <class T, class Means, int kHeadDim>
+__device__ __forceinline__ void MakeKeyCodes(const QuantizeParams& params,
+                                             SharedKey<kHeadDim>& shared, const T& tokens,
+                                             Stream<kKey, T>& stream, int head, int begin, int end,
+                                             Means& means) {
   const bool is_bad = __ldcg(params.first_bad + head * static_cast<int64_t>(kBadRows * kHeadDim) +
                              kBadKey * kHeadDim) != kNever;
 #pragma unroll 1

@@ -69,13 +69,12 @@ __device__ __forceinline__ void MakePart(const QuantizeParams& params, const Pla
   } else if (part.begin == part.end) {
     return;
   } else if constexpr (kTensor == kKey) {
-    MakeKeyCodes<T>(params, shared.of_item.key, tokens, stream, part.head, part.begin, part.end);
-  } else if (params.fp8_value) {
-    MakeValueCodes<true, T>(params, shared.of_item.value, tokens, stream, part.head, part.begin,
-                            part.end);
+    OneMean mean = MeanOf<T>(params, part.head);
+    MakeKeyCodes(params, shared.of_item.key, tokens, stream, part.head, part.begin, part.end, mean);
   } else {
-    MakeValueCodes<false, T>(params, shared.of_item.value, tokens, stream, part.head, part.begin,
-                             part.end);
+    WaitForStatistics(params, part.head, kValue);
+    MakeValueCodes(params, shared.of_item.value, tokens, stream, part.head, part.begin, part.end,
+                   OneValue<kHeadDim>{params, part.head});
   }
 }
 
@@ -126,7 +125,12 @@ __global__ void __launch_bounds__(kThreads<kHeadDim>, kCtasPerSm<In, kHeadDim>)
   Shared<In, kHeadDim>& shared = *reinterpret_cast<Shared<In, kHeadDim>*>(dynamic);
   const auto [item, is_codes] = TurnOf(plan, blockIdx.x);
   if (item >= plan.items) {
-    MakeQueryCodes<In, kAccess, kHeadDim>(params, shared.ring, item - plan.items);
+    using T = Tokens<In, kAccess & ~kSomeSeen, kHeadDim>;
+    const QueryItem of_query = QueryItemOf<In, kHeadDim>(params, item - plan.items);
+    const T queries = QueriesOf<T>(params, of_query.head);
+    Stream<kQuery, T> stream(queries, shared.ring, of_query.begin, of_query.end, true);
+    OneMean mean = MeanOf<T>(params, of_query.kv_head);
+    MakeQueryCodes(params, stream, of_query, mean);
     return;
   }
   const int unit = item / params.parts, part = item % params.parts;

@@ -15,6 +15,7 @@
 #include "common/overlap.cuh"
 #include "quantize/codes.cuh"
 #include "quantize/quantize.h"
+#include "quantize/slots.cuh"
 #include "quantize/statistics.cuh"
 #include "quantize/tokens.cuh"
 #include "quantize/value_codes.cuh"
@@ -197,6 +198,25 @@ __device__ __forceinline__ void JoinPieces(const SegmentedParams& params,
                       Combine<true>(shared.statistics, of_thread));
 }
 
+// K or V of a head.
+template <Tensor kTensor, class T>
+__device__ __forceinline__ T TokensOf(const SegmentedParams& params, int head) {
+  return T(kTensor == kKey ? params.key : params.value, head, params.kv_heads, params.length_kv,
+           params.head_dim, T::kHasUnseen ? SeenBy(params, head) : nullptr);
+}
+
+// Of keys in their order, from place `begin` on, wherever they are and whether or not they count. A
+// function of its own, as the others are: what is rare takes no registers of what is not.
+template <Tensor kTensor, class T, class Ring>
+__device__ __noinline__ Statistics StatisticsOfScattered(const SegmentedParams& params, Ring& ring,
+                                                         int head, int begin, int end, int* bad) {
+  T tokens = TokensOf<kTensor, T>(params, head);
+  tokens.order = params.order + head / params.kv_heads * params.key_id_stride;
+  tokens.length = end;  // nothing is loaded of those behind
+  Stream<kTensor, T> stream(tokens, ring, begin, end, false);
+  return StatisticsOf<kTensor>(tokens, stream, begin, end, bad);
+}
+
 // Statistics of a part of a head's sorted keys, `begin` to `end` - 1.
 template <Tensor kTensor, class In, int kAccess, int kHeadDim>
 __device__ __forceinline__ void MakePart(const SegmentedParams& params, const Plan& plan,
@@ -205,10 +225,9 @@ __device__ __forceinline__ void MakePart(const SegmentedParams& params, const Pl
   const int64_t batch = head / params.kv_heads;
   const int32_t* ids = SortedIds(params, head);
   const int32_t* order = params.order + batch * params.key_id_stride;
-  using T = Tokens<In, kAccess | kSorted, kHeadDim>;
-  T tokens(kTensor == kKey ? params.key : params.value, head, params.kv_heads, params.length_kv,
-           params.head_dim, SeenBy(params, head));
-  tokens.order = order;
+  const int32_t* key_slots = params.key_slots + batch * params.length_kv;
+  const int32_t* slot_ends = params.slot_ends + batch * params.length_kv;
+  const uint8_t* seen = SeenBy(params, head);
   const int64_t unit = 2 * static_cast<int64_t>(head) + kTensor;
   int* bad =
       params.first_bad +
@@ -217,19 +236,36 @@ __device__ __forceinline__ void MakePart(const SegmentedParams& params, const Pl
   int next;
 #pragma unroll 1
   for (int run = begin; run < end; run = next) {
+    const int position = __ldg(order + run);
     next = EndOfRun(ids, run, end);
-    tokens.length = next;  // nothing is loaded of those behind
-    Stream<kTensor, T> stream(tokens, ring, run, next, false);
+    // The tokens of a run are in order. Most often they lie one behind the other, and all count:
+    // they are on their way while that is found out.
+    using T = Tokens<In, (kAccess | kExtremaOfAll) & ~kSomeSeen, kHeadDim>;
+    T tokens = TokensOf<kTensor, T>(params, head);
+    tokens.length = min(position + next - run, params.length_kv);
+    Stream<kTensor, T> stream(tokens, ring, position, tokens.length, false);
+    const int slot = __ldg(key_slots + position);
+    const int last = (__ldg(slot_ends + slot) - 1) / plan.tokens_per_part;
+    const int first = slot / plan.tokens_per_part;
+    const bool together = __ldg(order + next - 1) - position == next - 1 - run;
     int count = 0;
 #pragma unroll 1
     for (int i = run; i < next; i += kThreads<kHeadDim>) {  // all have read `shared`
-      count += __syncthreads_count(tokens.Counts(i + threadIdx.x));
+      const int place = i + threadIdx.x;
+      count += __syncthreads_count(
+          place < next &&
+          (seen == nullptr ||
+           __ldg(seen + (together ? position + place - run : __ldg(order + place))) != 0));
     }
-    const ChannelStatistics all =
-        Combine<true>(shared.statistics, StatisticsOf<kTensor>(tokens, stream, run, next, bad));
-    const int slot = params.key_slots[batch * params.length_kv + __ldg(order + run)];
-    const int last = (params.slot_ends[batch * params.length_kv + slot] - 1) / plan.tokens_per_part;
-    const int first = slot / plan.tokens_per_part;
+    Statistics of_thread;
+    if (together && count == next - run) {
+      of_thread = StatisticsOf<kTensor>(tokens, stream, position, tokens.length, bad);
+    } else {
+      ptx::CopyAsyncWait<0>();
+      using Scattered = Tokens<In, kAccess | kExtremaOfAll | kSorted, kHeadDim>;
+      of_thread = StatisticsOfScattered<kTensor, Scattered>(params, ring, head, run, next, bad);
+    }
+    const ChannelStatistics all = Combine<true>(shared.statistics, of_thread);
     if (first == last) {
       FinishSlot<kTensor>(params, shared, head, slot, count, all);
       continue;
@@ -258,22 +294,76 @@ __device__ __forceinline__ void MakePart(const SegmentedParams& params, const Pl
   }
 }
 
-// Codes of a part of a head's keys.
+// Codes of a part of a head's keys where not all count, or not all are of one segment.
+template <Tensor kTensor, class T, class Ring, int kHeadDim>
+__device__ __noinline__ void MakeMixedCodes(const SegmentedParams& params, Ring& ring,
+                                            SharedCodes<kHeadDim>& shared, int head, int begin,
+                                            int end) {
+  const T tokens = TokensOf<kTensor, T>(params, head);
+  const Slots<kTensor, kHeadDim> slots(params, head);
+  Stream<kTensor, T> stream(tokens, ring, begin, end, true);
+  if constexpr (kTensor == kKey) {
+    SlotMeans<T, kKey> means(slots);
+    MakeKeyCodes(params, shared.key, tokens, stream, head, begin, end, means);
+  } else if (params.fp8_value) {
+    MakeMixedValueCodes<true>(params, shared.value, tokens, stream, head, begin, end, slots);
+  } else {
+    MakeMixedValueCodes<false>(params, shared.value, tokens, stream, head, begin, end, slots);
+  }
+}
 template <Tensor kTensor, class In, int kAccess, int kHeadDim>
 __device__ __forceinline__ void MakeCodes(const SegmentedParams& params, Ring<In, kHeadDim>& ring,
                                           SharedCodes<kHeadDim>& shared, int head, int begin,
                                           int end) {
-  using T = Tokens<In, kAccess, kHeadDim>;
-  const T tokens(kTensor == kKey ? params.key : params.value, head, params.kv_heads,
-                 params.length_kv, params.head_dim, SeenBy(params, head));
+  // On their way while it is found out.
+  using T = Tokens<In, kAccess & ~kSomeSeen, kHeadDim>;
+  const T tokens = TokensOf<kTensor, T>(params, head);
   Stream<kTensor, T> stream(tokens, ring, begin, end, true);
-  if constexpr (kTensor == kKey) {
-    MakeKeyCodes<T>(params, shared.key, tokens, stream, head, begin, end);
-  } else if (params.fp8_value) {
-    MakeValueCodes<true, T>(params, shared.value, tokens, stream, head, begin, end);
+  using Seen = Tokens<In, kAccess, kHeadDim>;
+  const int end_token = min(end, params.length_kv);
+  const int count = CountSeen(TokensOf<kTensor, Seen>(params, head), begin, end_token);
+  const Slots<kTensor, kHeadDim> slots(params, head);
+  const int slot = slots.OfRange(begin, end_token);
+  WaitForStatistics(params, head, kTensor);
+  if (count < end_token - begin || slot == slots.kMixed) {
+    ptx::CopyAsyncWait<0>();
+    MakeMixedCodes<kTensor, Seen>(params, ring, shared, head, begin, end);
+  } else if constexpr (kTensor == kKey) {
+    SlotMean mean = slots.LoadMean(slot, T::Channel());
+    MakeKeyCodes(params, shared.key, tokens, stream, head, begin, end, mean);
   } else {
-    MakeValueCodes<false, T>(params, shared.value, tokens, stream, head, begin, end);
+    MakeValueCodes(params, shared.value, tokens, stream, head, begin, end,
+                   SlotValue<kHeadDim>{slots, slot});
   }
+}
+
+// Codes of queries.
+template <class T, class Ring>
+__device__ __noinline__ void MakeMixedQueryCodes(const SegmentedParams& params, Ring& ring,
+                                                 const QueryItem& item) {
+  const T queries = QueriesOf<T>(params, item.head);
+  Stream<kQuery, T> stream(queries, ring, item.begin, item.end, true);
+  const Slots<kQuery, T::kThreadsPerRow * kVector> slots(params, item.kv_head);
+  SlotMeans<T, kQuery> means(slots);
+  MakeQueryCodes(params, stream, item, means);
+}
+template <class In, int kAccess, int kHeadDim>
+__device__ __forceinline__ void MakeQueryCodes(const SegmentedParams& params,
+                                               Ring<In, kHeadDim>& ring, int number) {
+  using T = Tokens<In, kAccess & ~kSomeSeen, kHeadDim>;
+  const QueryItem item = QueryItemOf<In, kHeadDim>(params, number);
+  const T queries = QueriesOf<T>(params, item.head);
+  Stream<kQuery, T> stream(queries, ring, item.begin, item.end, true);
+  const Slots<kQuery, kHeadDim> slots(params, item.kv_head);
+  const int slot = slots.OfRange(item.begin, item.end);
+  WaitForStatistics(params, item.kv_head, kKey);
+  if (slot == slots.kMixed) {
+    ptx::CopyAsyncWait<0>();
+    MakeMixedQueryCodes<T>(params, ring, item);
+    return;
+  }
+  SlotMean mean = slots.LoadMean(slot, T::Channel());
+  MakeQueryCodes(params, stream, item, mean);
 }
 
 template <class In, int kHeadDim>
@@ -308,7 +398,7 @@ static_assert(kWide == 1);
 
 template <class In, int kAccess, int kHeadDim>
 __global__ void __launch_bounds__(kThreads<kHeadDim>, kCtasPerSm<In, kAccess, kHeadDim>)
-    QuantizeSegments(const SegmentedParams params, const Plan plan) {
+    QuantizeSegments(const __grid_constant__ SegmentedParams params, const Plan plan) {
   if (!kIsBuilt<kHeadDim>) return;
   LetNextStart();
   WaitForPrevious();

@@ -1,48 +1,128 @@
-#include <utility>
-
 #include "quantize/sort_ids.h"
 
 namespace jax_sage {
 namespace {
 
 constexpr int kThreads = 1024;
-// Ids and places in shared memory: all that the smallest GPU has for a CTA, less 3 KiB.
-constexpr int kBytesOfToken = 6;
-static_assert(kMostSorted <= 65536, "places have 16 bits");
+constexpr int kMostOfThread = kMostSorted / kThreads;
+static_assert(kMostSorted % kThreads == 0 && kMostSorted <= 65536, "places have 16 bits");
 
-// A CTA sorts the ids of a batch entry: by a bitonic network of `size` of them, a power of two,
-// unless they are in order as they come.
-__global__ void __launch_bounds__(kThreads) SortIds(const SortParams params, int size) {
-  extern __shared__ int32_t ids[];
-  uint16_t* places = reinterpret_cast<uint16_t*>(ids + size);
-  const int64_t first = blockIdx.x * static_cast<int64_t>(params.length);
-  bool in_order = true;
-  for (int i = threadIdx.x; i < size; i += kThreads) {
-    // What is not there comes last, by its place.
-    ids[i] = i < params.length ? params.ids[first + i] : INT32_MAX;
-    places[i] = static_cast<uint16_t>(i);
+// Tokens that follow each other with one id. There is room for as many as tokens.
+struct Runs {
+  int32_t id[kMostSorted];
+  uint16_t first[kMostSorted];  // token
+  uint16_t place[kMostSorted];  // how many tokens it has, then where these are in the order
+};
+struct Shared {
+  Runs runs;
+  int sums[kThreads / 32];
+};
+
+// The sum of x over the threads before this one, and over all. Synchronizes.
+__device__ __forceinline__ int SumBefore(int x, int (&sums)[kThreads / 32], int& total) {
+  const int lane = threadIdx.x % 32;
+  int sum = x;
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const int before = __shfl_up_sync(~0u, sum, offset);
+    if (lane >= offset) sum += before;
+  }
+  __syncthreads();  // all have read `sums`
+  if (lane == 31) sums[threadIdx.x / 32] = sum;
+  __syncthreads();
+  int before = 0;
+  total = 0;
+#pragma unroll
+  for (int warp = 0; warp < kThreads / 32; ++warp) {
+    if (warp == threadIdx.x / 32) before = total;
+    total += sums[warp];
+  }
+  return before + sum - x;
+}
+
+// A CTA sorts the ids of a batch entry: not the tokens but their runs, which are few as a rule.
+__global__ void __launch_bounds__(kThreads) SortIds(const SortParams params) {
+  extern __shared__ uint4 dynamic[];
+  Shared& shared = *reinterpret_cast<Shared*>(dynamic);
+  Runs& runs = shared.runs;
+  const int length = params.length;
+  const int32_t* ids = params.ids + blockIdx.x * static_cast<int64_t>(length);
+
+  // The runs, of a few neighbouring tokens by each thread.
+  const int first = threadIdx.x * kMostOfThread, end = min(first + kMostOfThread, length);
+  uint32_t begins = 0;  // bits of tokens that begin a run
+  for (int i = first; i < end; ++i) {
+    if (i == 0 || ids[i - 1] != ids[i]) begins |= 1u << (i - first);
+  }
+  int count;
+  int run = SumBefore(__popc(begins), shared.sums, count);
+  for (; begins != 0; begins &= begins - 1, ++run) {
+    const int token = first + __ffs(begins) - 1;
+    runs.id[run] = ids[token];
+    runs.first[run] = static_cast<uint16_t>(token);
   }
   __syncthreads();
-  for (int i = threadIdx.x + 1; i < size; i += kThreads) in_order &= ids[i - 1] <= ids[i];
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    const int next = i + 1 < count ? runs.first[i + 1] : length;
+    runs.place[i] = static_cast<uint16_t>(next - runs.first[i]);
+  }
+  __syncthreads();
+
+  // A bitonic network of comparisons that all go one way: what is not there counts as the greatest,
+  // and would stay where it is.
+  const auto compare = [&](int low, int high) {
+    if (high >= count) return;
+    const int32_t id = runs.id[low], other_id = runs.id[high];
+    const uint16_t token = runs.first[low], other_token = runs.first[high];
+    if (id != other_id ? id < other_id : token < other_token) return;
+    const uint16_t tokens = runs.place[low];
+    runs.id[low] = other_id, runs.id[high] = id;
+    runs.first[low] = other_token, runs.first[high] = token;
+    runs.place[low] = runs.place[high], runs.place[high] = tokens;
+  };
+  bool in_order = true;
+  for (int i = threadIdx.x + 1; i < count; i += kThreads) {
+    in_order = in_order && runs.id[i - 1] <= runs.id[i];
+  }
   if (!__syncthreads_and(in_order)) {
-    for (int run = 2; run <= size; run *= 2) {
-      for (int distance = run / 2; distance > 0; distance /= 2) {
-        for (int pair = threadIdx.x; pair < size / 2; pair += kThreads) {
-          const int low = 2 * pair - (pair & (distance - 1)), high = low + distance;
-          const int32_t id = ids[low], other_id = ids[high];
-          const uint16_t place = places[low], other_place = places[high];
-          const bool greater = id != other_id ? id > other_id : place > other_place;
-          if (greater != ((low & run) == 0)) continue;
-          ids[low] = other_id, ids[high] = id;
-          places[low] = other_place, places[high] = place;
+    for (int size = 2; size < 2 * count; size *= 2) {
+      for (int distance = size / 2; distance > 0; distance /= 2) {
+        for (int pair = threadIdx.x; 2 * pair < count + size; pair += kThreads) {
+          const int low = 2 * pair - (pair & (distance - 1));
+          // The halves of a whole are compared from their ends.
+          compare(low, distance == size / 2 ? low ^ (size - 1) : low + distance);
         }
         __syncthreads();
       }
     }
   }
-  for (int i = threadIdx.x; i < params.length; i += kThreads) {
-    params.sorted_ids[first + i] = ids[i];
-    params.order[first + i] = places[i];
+
+  // Where each run's tokens begin in the order.
+  const int of_thread = (count + kThreads - 1) / kThreads;
+  const int first_run = threadIdx.x * of_thread, end_run = min(first_run + of_thread, count);
+  int tokens = 0, all;
+  for (int i = first_run; i < end_run; ++i) tokens += runs.place[i];
+  int place = SumBefore(tokens, shared.sums, all);
+  for (int i = first_run; i < end_run; ++i) {
+    const int next = place + runs.place[i];
+    runs.place[i] = static_cast<uint16_t>(place);
+    place = next;
+  }
+  __syncthreads();
+  int32_t* sorted_ids = params.sorted_ids + blockIdx.x * static_cast<int64_t>(length);
+  int32_t* order = params.order + blockIdx.x * static_cast<int64_t>(length);
+  for (int i = threadIdx.x; i < length; i += kThreads) {
+    int low = 0, high = count;  // the run is among these
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      if (runs.place[middle] <= i) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    sorted_ids[i] = runs.id[low];
+    order[i] = runs.first[low] + i - runs.place[low];
   }
 }
 
@@ -50,13 +130,10 @@ __global__ void __launch_bounds__(kThreads) SortIds(const SortParams params, int
 
 cudaError_t LaunchSortIds(const SortParams& params, cudaStream_t stream) {
   if (params.batch > INT32_MAX || params.length > kMostSorted) return cudaErrorInvalidConfiguration;
-  int size = 2;
-  while (size < params.length) size *= 2;
-  const int bytes = size * kBytesOfToken;
   const cudaError_t error =
-      cudaFuncSetAttribute(SortIds, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+      cudaFuncSetAttribute(SortIds, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (error != cudaSuccess) return error;
-  SortIds<<<static_cast<unsigned>(params.batch), kThreads, bytes, stream>>>(params, size);
+  SortIds<<<static_cast<unsigned>(params.batch), kThreads, sizeof(Shared), stream>>>(params);
   return cudaGetLastError();
 }
 

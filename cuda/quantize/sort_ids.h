@@ -8,7 +8,7 @@
 namespace jax_sage {
 
 // Of a batch entry. More are XLA's to sort.
-constexpr int kMostSorted = 16384;
+constexpr int kMostSorted = 8192;
 
 struct SortParams {
   const int32_t* ids;   // [B, S]

@@ -75,7 +75,7 @@ struct Statistics {
 
 // Which tokens need their extrema too: V's for its scales, K's of a segment for its size.
 template <Tensor kTensor, class T>
-constexpr bool kWithExtrema = kTensor == kValue || T::kIsSorted;
+constexpr bool kWithExtrema = kTensor == kValue || T::kHasExtrema;
 
 // The same while tokens are added: maxima and minima stay in the type of the input.
 template <bool kExtrema, class In>

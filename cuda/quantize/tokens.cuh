@@ -170,8 +170,9 @@ __device__ __forceinline__ void MakeFinite(Vector<In> (&x)[kPasses]) {
 }
 
 // How tokens are read. kWide: all are aligned to 16 bytes. kSomeSeen: some may not count. kSorted:
-// they are numbered by their place in an order.
-enum Access : int { kWide = 1, kSomeSeen = 2, kSorted = 4 };
+// they are numbered by their place in an order. kExtremaOfAll: of K too the statistics have
+// extrema.
+enum Access : int { kWide = 1, kSomeSeen = 2, kSorted = 4, kExtremaOfAll = 8 };
 
 // Whether all tokens are aligned to 16 bytes.
 inline bool IsWide(const QuantizeParams& params, size_t element) {
@@ -191,6 +192,7 @@ struct Tokens {
   static_assert(kTokens % KeysOfPart(kHeadDim) == 0, "parts are of whole chunks");
   static constexpr bool kIsSorted = (kAccess & kSorted) != 0;
   static constexpr bool kHasUnseen = (kAccess & kSomeSeen) != 0;
+  static constexpr bool kHasExtrema = (kAccess & kExtremaOfAll) != 0;
 
   const In* data;
   const uint8_t* seen;             // by token with kSomeSeen; null: all

@@ -5,7 +5,6 @@
 
 #include "quantize/codes.cuh"
 #include "quantize/quantize.h"
-#include "quantize/slots.cuh"
 #include "quantize/statistics.cuh"
 #include "quantize/tokens.cuh"
 
@@ -20,6 +19,7 @@ struct SharedValue {
   };
   float2 mean[kHeadDim / 2];
   float2 inverse[kHeadDim / 2];
+  int next_slot;  // with segments
 };
 
 // Where a thread's four codes of one of its channels are in SharedValue::transposed. Words of a
@@ -57,12 +57,18 @@ __device__ __forceinline__ int SumOfCodes(const uint4& words) {
   return __float2int_rn(sum_of_all * (1 / kCodeUnit));
 }
 
+// How the codes of a chunk are stored: as they are.
+struct AllAtOnce {
+  __device__ __forceinline__ uint4 Merge(int, const uint4& words) { return words; }
+  __device__ __forceinline__ bool Stores(bool) const { return true; }
+};
+
 // The codes of a chunk of V in FP8. Calls add(i, sum) for a thread's sixteen codes of the channel
 // ChannelOfStore(i).
-template <class T, int kHeadDim, class Add>
+template <class T, int kHeadDim, class Turns, class Add>
 __device__ __forceinline__ void StoreTransposed(const QuantizeParams& params,
                                                 const SharedValue<kHeadDim>& shared, int head,
-                                                int first, Add add) {
+                                                int first, Turns& turns, Add add) {
   constexpr int kQuads = SharedValue<kHeadDim>::kQuads;
   const int channels = CodeChannels<kHeadDim>(params);
   uint8_t* out = static_cast<uint8_t*>(params.v) +
@@ -80,6 +86,7 @@ __device__ __forceinline__ void StoreTransposed(const QuantizeParams& params,
       words = make_uint4(words.y, words.x, words.w, words.z);
     }
     add(i, SumOfCodes(words));
+    words = turns.Merge(i, words);
     if (HasCodes<kHeadDim>(params, row) && first + 16 * sixteen < params.padded_kv) {
       StoreCodes(out + row * static_cast<int64_t>(params.padded_kv) + 16 * sixteen, words);
     }
@@ -116,13 +123,13 @@ class CodeSums {
   long long sums_[kCount] = {};
 };
 
-// A chunk of V: codes and their sums. Synchronizes once.
-template <bool kFp8, class T, int kHeadDim>
+// A chunk of V: codes and their sums, of those that count. Synchronizes once.
+template <bool kFp8, class T, class Turns, int kHeadDim>
 __device__ __forceinline__ void ValueCodesOfChunk(const QuantizeParams& params, const T& tokens,
                                                   SharedValue<kHeadDim>& shared, int head,
                                                   int first,
                                                   const Vector<typename T::Element> (&x)[kPasses],
-                                                  CodeSums<kFp8, kHeadDim>& sums) {
+                                                  CodeSums<kFp8, kHeadDim>& sums, Turns& turns) {
   const int channel = T::Channel(), lane = threadIdx.x % 32;
   const int channels = CodeChannels<kHeadDim>(params);
   alignas(16) __half2 halves[kPasses][kVector / 2];
@@ -172,7 +179,8 @@ __device__ __forceinline__ void ValueCodesOfChunk(const QuantizeParams& params, 
     for (int pass = 0; pass < kPasses; ++pass) {
       const int row = first + T::template RowOfPass<kValue>(pass);
       const int64_t index = head * static_cast<int64_t>(params.padded_kv) + row;
-      if (HasCodes<kHeadDim>(params, channel) && row < params.padded_kv) {
+      if (HasCodes<kHeadDim>(params, channel) && row < params.padded_kv &&
+          turns.Stores(tokens.Counts(row))) {
         StoreCodes(static_cast<__half*>(params.v) + index * channels + channel,
                    *reinterpret_cast<const uint4*>(halves[pass]));
       }
@@ -180,61 +188,14 @@ __device__ __forceinline__ void ValueCodesOfChunk(const QuantizeParams& params, 
   }
   __syncthreads();
   if constexpr (kFp8) {
-    StoreTransposed<T>(params, shared, head, first, [&](int i, int sum) { sums.Add(i, sum); });
+    StoreTransposed<T>(params, shared, head, first, turns,
+                       [&](int i, int sum) { sums.Add(i, sum); });
   } else if (threadIdx.x < kHeadDim) {
 #pragma unroll
     for (int warp = 0; warp < kWarps<kHeadDim>; ++warp) {
       sums.Add(0, (&shared.sums[warp][0].x)[threadIdx.x]);
     }
   }
-}
-
-// A chunk of V with tokens of several segments: codes, and their sums. Rare where segments are
-// contiguous, and so a token of each thread at a time. Synchronizes once.
-template <bool kFp8, class T, int kHeadDim>
-__device__ __forceinline__ void MixedValueCodesOfChunk(const QuantizeParams& params,
-                                                       const T& tokens,
-                                                       SharedValue<kHeadDim>& shared, int head,
-                                                       int first, const SlotValues<T>& values) {
-  const auto integer = [](float code) { return __float2int_rn(code * (1 / kCodeUnit)); };
-#pragma unroll 1
-  for (int pass = 0; pass < kPasses; ++pass) {
-    const int token = first + T::template RowOfPass<kValue>(pass);
-    if (token >= params.padded_kv) continue;
-    const bool is_key = tokens.Counts(token);
-    const int slot = values.SlotOf(token);
-    Vector<typename T::Element> x = tokens.Load(token);
-    MakeFinite(x);
-    alignas(16) __half2 halves[kVector / 2];
-#pragma unroll
-    for (int i = 0; i < kVector / 2; ++i) {
-      const int channel = T::Channel() + 2 * i;
-      float2 rounded = values.Load(slot, channel / 2).Scale(ToFloats(x.pairs[i]));
-      if (!is_key) rounded = make_float2(0, 0);
-      if constexpr (kFp8) {
-        const __nv_fp8x2_e4m3 codes(rounded);
-        rounded = static_cast<float2>(codes);
-        uint8_t* words = reinterpret_cast<uint8_t*>(shared.transposed) + pass;
-        words[4 * WordOf<T>(channel)] = codes.__x & 0xff;
-        words[4 * WordOf<T>(channel + 1)] = codes.__x >> 8;
-      } else {
-        halves[i] = __float22half2_rn(rounded);
-        rounded = __half22float2(halves[i]);
-      }
-      values.AddSum(slot, channel, integer(rounded.x));
-      values.AddSum(slot, channel + 1, integer(rounded.y));
-    }
-    if constexpr (!kFp8) {
-      const int64_t index = head * static_cast<int64_t>(params.padded_kv) + token;
-      const int channels = CodeChannels<kHeadDim>(params);
-      if (HasCodes<kHeadDim>(params, T::Channel())) {
-        *reinterpret_cast<uint4*>(static_cast<__half*>(params.v) + index * channels +
-                                  T::Channel()) = *reinterpret_cast<const uint4*>(halves);
-      }
-    }
-  }
-  __syncthreads();
-  if constexpr (kFp8) StoreTransposed<T>(params, shared, head, first, [](int, int) {});
 }
 
 // Whether V, or K, has something that is not finite in a channel of V.
@@ -268,23 +229,44 @@ __device__ __forceinline__ void ZeroValueCodes(const QuantizeParams& params, int
   }
 }
 
-// Of a stream of the tokens `begin` to `end` - 1.
-template <bool kFp8, class T, int kHeadDim>
-__device__ __forceinline__ void MakeValueCodes(const QuantizeParams& params,
-                                               SharedValue<kHeadDim>& shared, const T& tokens,
-                                               Stream<kValue, T>& stream, int head, int begin,
-                                               int end) {
-  const int c = threadIdx.x;
-  WaitForStatistics(params, head, kValue);
-  bool is_bad = false;
-  if (c < kHeadDim) {
-    const float* channels =
-        params.channels + head * static_cast<int64_t>(kChannelRows * kHeadDim) + c;
-    (&shared.mean[0].x)[c] = __ldcg(channels + kValueMean * kHeadDim);
-    (&shared.inverse[0].x)[c] = __ldcg(channels + kValueInverse * kHeadDim);
-    is_bad = IsBad<kHeadDim>(params, head, c);
+// How two channels of V become codes.
+struct ValuePair {
+  float2 mean, inverse;
+};
+
+// That of all keys of a head.
+template <int kHeadDim>
+struct OneValue {
+  const QuantizeParams& params;
+  int head;
+  __device__ __forceinline__ ValuePair Load(int pair) const {
+    const float* channels = params.channels + head * static_cast<int64_t>(kChannelRows * kHeadDim);
+    const auto load = [&](ChannelRow row) {
+      return __ldcg(reinterpret_cast<const float2*>(channels + row * kHeadDim) + pair);
+    };
+    return {load(kValueMean), load(kValueInverse)};
   }
-  is_bad = __syncthreads_or(is_bad);
+  // Integers: the order of the additions does not show.
+  __device__ __forceinline__ void AddSum(int channel, long long sum) const {
+    atomicAdd(reinterpret_cast<unsigned long long*>(params.value_code_sum) +
+                  head * static_cast<int64_t>(kHeadDim) + channel,
+              static_cast<unsigned long long>(sum));
+  }
+};
+
+// Of a stream of the tokens `begin` to `end` - 1, when the statistics are there.
+template <bool kFp8, class T, class Value, int kHeadDim>
+__device__ __forceinline__ void MakeValueCodesAs(const QuantizeParams& params,
+                                                 SharedValue<kHeadDim>& shared, const T& tokens,
+                                                 Stream<kValue, T>& stream, int head, int begin,
+                                                 int end, const Value& value) {
+  const int c = threadIdx.x;
+  if (c < kHeadDim / 2) {
+    const ValuePair pair = value.Load(c);
+    shared.mean[c] = pair.mean;
+    shared.inverse[c] = pair.inverse;
+  }
+  const bool is_bad = __syncthreads_or(c < kHeadDim && IsBad<kHeadDim>(params, head, c));
   CodeSums<kFp8, kHeadDim> sums;
 #pragma unroll 1
   for (int first = begin; first < end; first += T::kTokens) {
@@ -292,59 +274,25 @@ __device__ __forceinline__ void MakeValueCodes(const QuantizeParams& params,
     stream.Next(x);
     if (ChunkCounts<kValue>(tokens, first)) {  // and all have read `shared`
       if (is_bad) MakeFinite(x);
-      ValueCodesOfChunk<kFp8, T>(params, tokens, shared, head, first, x, sums);
+      AllAtOnce turns;
+      ValueCodesOfChunk<kFp8>(params, tokens, shared, head, first, x, sums, turns);
     } else {
       ZeroValueCodes<kHeadDim>(params, head, first, min(end - first, T::kTokens));
     }
   }
   if (!params.smooth_v) return;
-  sums.Flush([&](int channel, long long sum) {
-    // Integers: the order of the additions does not show.
-    atomicAdd(reinterpret_cast<unsigned long long*>(params.value_code_sum) +
-                  head * static_cast<int64_t>(kHeadDim) + channel,
-              static_cast<unsigned long long>(sum));
-  });
+  sums.Flush([&](int channel, long long sum) { value.AddSum(channel, sum); });
 }
-
-// The same with segments.
-template <bool kFp8, class T, int kHeadDim>
-__device__ __forceinline__ void MakeValueCodes(const SegmentedParams& params,
+template <class T, class Value, int kHeadDim>
+__device__ __forceinline__ void MakeValueCodes(const QuantizeParams& params,
                                                SharedValue<kHeadDim>& shared, const T& tokens,
                                                Stream<kValue, T>& stream, int head, int begin,
-                                               int end) {
-  const int c = threadIdx.x;
-  WaitForStatistics(params, head, kValue);
-  const bool is_bad = __syncthreads_or(c < kHeadDim && IsBad<kHeadDim>(params, head, c));
-  const SlotValues<T> values(params, head);
-  CodeSums<kFp8, kHeadDim> sums;
-  int shared_slot = -1;  // of what is in `shared`, and of the sums
-  const auto flush = [&] {
-    if (shared_slot < 0) return;
-    sums.Flush([&](int channel, long long sum) { values.AddSum(shared_slot, channel, sum); });
-  };
-#pragma unroll 1
-  for (int first = begin; first < end; first += T::kTokens) {
-    Vector<typename T::Element> x[kPasses];
-    stream.Next(x);
-    const int slot = values.SlotOfChunk(first);  // all have read `shared`
-    if (slot < 0) {
-      MixedValueCodesOfChunk<kFp8, T>(params, tokens, shared, head, first, values);
-      continue;
-    }
-    if (slot != shared_slot) {
-      flush();
-      shared_slot = slot;
-      if (c < kHeadDim / 2) {
-        const ValuePair pair = values.Load(slot, c);
-        shared.mean[c] = pair.mean;
-        shared.inverse[c] = pair.inverse;
-      }
-      __syncthreads();
-    }
-    if (is_bad) MakeFinite(x);
-    ValueCodesOfChunk<kFp8, T>(params, tokens, shared, head, first, x, sums);
+                                               int end, const Value& value) {
+  if (params.fp8_value) {
+    MakeValueCodesAs<true>(params, shared, tokens, stream, head, begin, end, value);
+  } else {
+    MakeValueCodesAs<false>(params, shared, tokens, stream, head, begin, end, value);
   }
-  flush();
 }
 
 }  // namespace jax_sage::quantize

@@ -36,6 +36,10 @@ template <class X>
 X __shfl_xor_sync(unsigned, X x, int mask) {
   return emulator::Exchange(x).template Of<X>(emulator::Lane() ^ mask);
 }
+template <class X>
+X __shfl_up_sync(unsigned, X x, unsigned lanes) {
+  return emulator::Exchange(x).template Of<X>(std::max<int>(emulator::Lane() - lanes, 0));
+}
 inline unsigned __ballot_sync(unsigned, int x) {
   const emulator::Exchange exchange(x != 0);
   unsigned result = 0;

@@ -48,6 +48,7 @@ def _forward(function: re.Match) -> str:
 def translate(path: Path) -> str:
     source = path.read_text()
     source = re.sub(r'asm volatile\(\s*""[^;]*;', ";", source)  # says something to the compiler
+    source = source.replace("__noinline__ ", "")  # of a GPU's registers
     source = _FUNCTION.sub(_forward, source)
     if "asm" in re.sub(r"//.*", "", source):
         sys.exit(
