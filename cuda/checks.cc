@@ -242,7 +242,7 @@ void CheckMasks(Checker& check, const std::vector<Buffer>& args, const Buffer& o
   const int64_t groups = s.padded_q / kMaskRows;
   const int64_t tiles = RoundUp(s.length_kv, kMaskKeys) / kMaskKeys;
   size_t next = 9;
-  if (!kinds.segments) check.Is("per_counted_key", args[next++], "F32", {s.batch, s.kv_heads});
+  if (kinds.counted) check.Is("per_counted_key", args[next++], "F32", {s.batch, s.kv_heads});
   check.IsOrOne("rows", args[next], "S32", {s.batch, s.padded_q, 2}, 1);
   check.IsOrOne("groups", args[next + 1], "S32", {s.batch, groups, 4}, 1);
   std::vector<int64_t> tokens = out.dims;
@@ -285,11 +285,13 @@ std::string CheckAttention(const std::vector<Buffer>& args, const std::vector<Bu
   kinds.mask = check.Flag(attrs, "mask");
   kinds.segments = check.Flag(attrs, "segments");
   kinds.bias = check.Flag(attrs, "bias");
-  check.Require(kinds.masked || !(kinds.mask || kinds.segments || kinds.bias),
-                "attributes mask, segments and bias need masked");
+  kinds.counted = check.Flag(attrs, "counted");
+  check.Require(kinds.masked || !(kinds.mask || kinds.segments || kinds.bias || kinds.counted),
+                "attributes mask, segments, bias and counted need masked");
+  check.Require(!(kinds.segments && kinds.counted), "attribute counted is not for segments");
   check.Count("arguments", args.size(),
-              9 + (kinds.masked ? 5 : 0) + (kinds.mask ? 2 : 0) + (kinds.segments ? 4 - 1 : 0) +
-                  (kinds.bias ? 1 : 0));
+              9 + (kinds.masked ? 4 : 0) + (kinds.counted ? 1 : 0) + (kinds.mask ? 2 : 0) +
+                  (kinds.segments ? 4 : 0) + (kinds.bias ? 1 : 0));
   check.Count("results", results.size(), 2);
   if (!check.Ok()) return check.message();
 

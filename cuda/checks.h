@@ -19,6 +19,7 @@ using Attrs = std::map<std::string, double>;
 // What a call of attention is given besides the nine buffers.
 struct MaskKinds {
   bool masked = false, mask = false, segments = false, bias = false;
+  bool counted = false;  // it is told of how many keys the means are, as some may not count
 };
 
 // Dimensions of one call, from its buffers.

@@ -223,7 +223,7 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remai
 void ReadMasks(const std::vector<ffi::AnyBuffer>& in, const MaskKinds& kinds,
                AttentionParams& params, MarkParams& mark) {
   size_t next = 9;
-  if (!kinds.segments) params.per_counted_key = Data<float>(in[next++]);
+  if (kinds.counted) params.per_counted_key = Data<float>(in[next++]);
   MaskParams& masks = params.masks;
   masks.rows = Data<const int2>(in[next]);
   masks.row_stride = Stride(in[next], 0) / 2;
@@ -300,7 +300,7 @@ ffi::Error AttentionImpl(cudaStream_t stream, ffi::RemainingArgs args,
                          ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse,
                          int64_t length_kv, int64_t is_causal, int64_t alike, int64_t with_lse,
                          int64_t pv_accumulator, int64_t mma_sync, int64_t masked, int64_t mask,
-                         int64_t segments, int64_t bias) {
+                         int64_t segments, int64_t bias, int64_t counted) {
   std::vector<ffi::AnyBuffer> in;
   std::vector<Buffer> described;
   if (auto error = Collect(args, in, described); error.failure()) return error;
@@ -316,7 +316,8 @@ ffi::Error AttentionImpl(cudaStream_t stream, ffi::RemainingArgs args,
                       {"masked", static_cast<double>(masked)},
                       {"mask", static_cast<double>(mask)},
                       {"segments", static_cast<double>(segments)},
-                      {"bias", static_cast<double>(bias)}},
+                      {"bias", static_cast<double>(bias)},
+                      {"counted", static_cast<double>(counted)}},
                      &sizes);
   if (!message.empty()) return Invalid(message);
 
@@ -497,9 +498,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageAttention, jax_sage::AttentionImpl,
                                   // 1: the kernel of cuda/mma even where there is a faster one.
                                   .Attr<int64_t>("mma_sync")
                                   // What there is of masks: anything at all, a boolean mask,
-                                  // segment ids, a bias.
+                                  // segment ids, a bias; how many keys count.
                                   .Attr<int64_t>("masked")
                                   .Attr<int64_t>("mask")
                                   .Attr<int64_t>("segments")
-                                  .Attr<int64_t>("bias"),
+                                  .Attr<int64_t>("bias")
+                                  .Attr<int64_t>("counted"),
                               {xla::ffi::Traits::kCmdBufferCompatible});

@@ -99,7 +99,7 @@ def _alike(band: Band, length_kv: int) -> bool:
     return 8 * (band.left + band.right + 1) <= length_kv
 
 
-_MASK_KINDS = ("masked", "mask", "segments", "bias")
+_MASK_KINDS = ("masked", "mask", "segments", "bias", "counted")
 
 
 def _call_attention(
@@ -138,10 +138,9 @@ def _masked(
     )
     operands = mask_operands.make(view, masks, batch, key, value)
     codes = functools.partial(quantize, query, key, value, scale_log2=scale_log2, recipe=recipe)
-    size = (math.prod(batch), kv_heads)
+    attributes = operands.attributes | {"counted": np.int64(0)}
     if view.sees_everything():
-        per_key = jnp.full(size, 1 / length_kv, jnp.float32)
-        return run(query, (*codes(), per_key, *operands.arrays), **operands.attributes)
+        return run(query, (*codes(), *operands.arrays), **attributes)
     seen = mask_operands.seen_keys(view, masks, operands.arrays[0], batch, kv_heads)
     if masks.query_segment_ids is not None:
         # Means and scales of V are those of each segment, and so are the counts of its keys.
@@ -149,17 +148,20 @@ def _masked(
             seen=(seen,),
             segments=mask_operands.sorted_segments(masks, batch, view.padded_q, length_kv),
         )
-        return run(query, (*quantized, *operands.arrays), **operands.attributes)
+        return run(query, (*quantized, *operands.arrays), **attributes)
     intervals = masks.mask is None and masks.bias is None
     if intervals:
         first, end = (mask_operands.flat_batch(x, batch) for x in view.seen_interval())
         count = (end - first).astype(jnp.float32)  # negative where no query sees a key
     else:
         count = seen.sum(-1, dtype=jnp.float32)
-    per_key = jnp.broadcast_to(np.float32(1) / jnp.maximum(count, np.float32(1)), size)
+    per_key = jnp.broadcast_to(
+        np.float32(1) / jnp.maximum(count, np.float32(1)), (math.prod(batch), kv_heads)
+    )
     # Kernels load no tile that lies outside of all intervals.
     quantized = codes(seen=(seen, per_key), skip_unseen=intervals)
-    return run(query, (*quantized, per_key, *operands.arrays), **operands.attributes)
+    attributes["counted"] = np.int64(1)
+    return run(query, (*quantized, per_key, *operands.arrays), **attributes)
 
 
 def why_portable(

@@ -281,6 +281,8 @@ def test_masks_are_lowered_to_kernels(name):
     assert attribute(attention, "is_causal") == ("0", "i64")  # the rows say it
     for part in ("mask", "segments", "bias"):
         assert attribute(attention, part) == (str(int(name == part)), "i64")
+    counted = name in ("mask", "bias", "lengths")  # the others' queries see all keys
+    assert attribute(attention, "counted") == (str(int(counted)), "i64")
     assert ("jax_sage_pack_mask" in calls) == (name == "mask")
     assert ("jax_sage_seen_keys" in calls) == (name == "mask")  # of one row XLA makes it
     alike = name not in ("alignment", "window")  # a window of a fifth of the keys, cut off at ends
@@ -516,12 +518,12 @@ def right_call(which, recipe="8+8", query=(2, 300, 4, 80), key=(2, 1100, 2, 80))
         "with_lse": 0.0,
         "pv_accumulator": 16.0,
         "mma_sync": 0.0,
-        **dict.fromkeys(("masked", "mask", "segments", "bias"), 0.0),
+        **dict.fromkeys(("masked", "mask", "segments", "bias", "counted"), 0.0),
     }
     if which in ("attention with masks", "attention with segments"):
         attrs |= dict.fromkeys(("masked", "mask", "bias"), 1.0) | {"is_causal": 0.0}
         segments = which == "attention with segments"
-        attrs["segments"] = float(segments)
+        attrs["segments"], attrs["counted"] = float(segments), float(not segments)
         quantized = (
             by_slot(quantized, tokens) if segments else [*quantized, ("F32", [batch, kv_heads])]
         )
@@ -673,6 +675,8 @@ def test_wrong_dtypes_are_named(which, recipe):
         ("attention with masks", "mask", [2, -1]),
         ("attention with masks", "segments", [2, -1]),
         ("attention with masks", "bias", [2, -1]),
+        ("attention with masks", "counted", [2, -1]),
+        ("attention with segments", "counted", [1]),
         ("attention", "is_causal", [2, -1, math.nan]),
         ("attention", "alike", [2, -1, math.nan]),
         ("attention", "with_lse", [2, -1, math.nan]),

@@ -70,7 +70,7 @@ struct AttentionParams {
   bool is_causal;
   bool with_lse;  // if not, nobody reads lse, and it is not written
   DType out_type;
-  const float* per_counted_key;  // with masks: per_key of the keys that count, [B, K]
+  const float* per_counted_key;  // where some do not count, else null: per_key of the others [B, K]
   MaskParams masks;
   // With segments, else null; channels, value_code_sum and per_counted_key are null then. Slots as
   // in layout.h.

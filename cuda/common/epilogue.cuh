@@ -131,7 +131,8 @@ __device__ __forceinline__ void PrepareOutput(OutputTable<kHeadDim>& table,
   }
   const float* channels = params.channels + position.kv_head * kChannelRows * kChannels;
   const long long* code_sum = params.value_code_sum + position.kv_head * kChannels;
-  const float per_key = is_marked ? params.per_counted_key[position.kv_head] : params.per_key;
+  const float per_key =
+      params.per_counted_key != nullptr ? params.per_counted_key[position.kv_head] : params.per_key;
 #pragma unroll 1
   for (int c = thread; c < kHeadDim; c += threads) {
     const float scale = channels[kValueScale * kChannels + c];

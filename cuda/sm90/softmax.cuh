@@ -218,12 +218,8 @@ struct Scores {
       const float count =
           T::kBiased ? biased_count : static_cast<float>(seen.template Count<T::kTile>(half));
       const float mean = total / fmaxf(count, 1);
-      // The maximum of few keys, where a window begins within a tile, will grow by more than that
-      // of many, and where a bias makes scores differ it grows by more too.
-      const float most_room = count < kBlockKv / 2 ? 5 : T::kBiased ? 4 : 3;
       const float old = max[half];
-      if (raise != 0)
-        max[half] = fmaxf(old, ceilf(tile_max) + Pv::Room(tile_max - mean, most_room));
+      if (raise != 0) max[half] = fmaxf(old, ceilf(tile_max) + Pv::Room(tile_max - mean, count));
       alpha[half] = max[half] == old ? 1.0f : ptx::Exp2(old - max[half]);
       sum[half] *= alpha[half];
     }
