@@ -79,14 +79,11 @@ struct PvFp8 {
     p[2 * pair] &= ptx::SpreadSigns<0, 1, 2, 3>(seen0);
     p[2 * pair + 1] &= ptx::SpreadSigns<0, 1, 2, 3>(seen1);
   }
-  // Powers of two that a row's maximum may grow by before a tile must be done again: as much as
-  // that of so many normal scores would, which is the more the wider they spread, and the fewer
-  // they are so far, where a window begins within a tile. Room costs range at the other end: a key
-  // with an average score must keep a P that is a normal number (2^-6 and more) with three powers
-  // to spare, or small weights behind a few large scores vanish.
-  static __device__ __forceinline__ float Room(float max_over_mean, float keys) {
-    float growth = floorf(0.7f * max_over_mean + (keys < kBlockKv ? 2.5f : 1.5f));
-    if (keys < kBlockKv / 2) growth = 5;  // too few to tell
+  // Powers of two that a row's maximum may grow by before a tile must be done again: `growth` if
+  // they are to spare. They cost range at the other end: a key with an average score must keep a P
+  // that is a normal number (2^-6 and more) with three powers to spare, or small weights behind a
+  // few large scores vanish.
+  static __device__ __forceinline__ float Room(float max_over_mean, float growth) {
     return fminf(growth, fmaxf(0, floorf(kLog2PMax + 6 - 3 - max_over_mean)));
   }
 
