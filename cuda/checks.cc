@@ -402,6 +402,59 @@ std::string CheckSeenKeys(const std::vector<Buffer>& args, const std::vector<Buf
   return check.message();
 }
 
+std::string CheckIntervals(const std::vector<Buffer>& args, const std::vector<Buffer>& results,
+                           const Attrs& attrs, IntervalSizes* sizes) {
+  Checker check("intervals");
+  IntervalSizes s;
+  s.query_lengths = check.Flag(attrs, "query_lengths");
+  s.key_lengths = check.Flag(attrs, "key_lengths");
+  check.Flag(attrs, "bottom_right");
+  check.Count("arguments", args.size(), s.query_lengths + s.key_lengths);
+  check.Count("results", results.size(), 4);
+  const double length_q = check.Attribute(attrs, "length_q");
+  check.Require(length_q >= 1 && length_q <= kMaxLength, "attribute length_q is out of range");
+  constexpr double kMaxLimit = int64_t{1} << 32;
+  const double left = check.Attribute(attrs, "left"), right = check.Attribute(attrs, "right");
+  check.Require(left >= -1 && left <= kMaxLimit, "attribute left is out of range");
+  check.Require(right >= -1 && right <= kMaxLimit, "attribute right is out of range");
+  if (!check.Ok()) return check.message();
+  const Buffer &seen = results[2], &per_counted_key = results[3];
+  check.Require(seen.dtype == "U8" && seen.dims.size() == 3, [&] {
+    return "seen is " + seen.dtype + ToString(seen.dims) + ", expected U8 of rank 3";
+  });
+  check.Require(per_counted_key.dtype == "F32" && per_counted_key.dims.size() == 2, [&] {
+    return "per_counted_key is " + per_counted_key.dtype + ToString(per_counted_key.dims) +
+           ", expected F32 of rank 2";
+  });
+  if (!check.Ok()) return check.message();
+  for (const Buffer* buffer : {&seen, &per_counted_key}) {
+    for (int64_t dim : buffer->dims) {
+      check.Require(dim >= 1 && dim <= kMaxLength, [&] {
+        return std::string(buffer == &seen ? "seen" : "per_counted_key") + ToString(buffer->dims) +
+               " has a dimension out of range";
+      });
+    }
+  }
+  if (!check.Ok()) return check.message();
+  s.batch = seen.dims[0];
+  s.length_kv = seen.dims[2];
+  s.all_batch = per_counted_key.dims[0];
+  s.kv_heads = per_counted_key.dims[1];
+  s.length_q = static_cast<int64_t>(length_q);
+  s.padded_q = RoundUp(s.length_q, kBlockQ);
+  check.Require(s.batch == 1 || s.batch == s.all_batch, [&] {
+    return "seen" + ToString(seen.dims) + " does not fit per_counted_key" +
+           ToString(per_counted_key.dims);
+  });
+  check.Is("seen", seen, "U8", {s.batch, 1, s.length_kv});
+  check.Is("rows", results[0], "S32", {s.batch, s.padded_q, 2});
+  check.Is("groups", results[1], "S32", {s.batch, s.padded_q / kMaskRows, 4});
+  if (s.query_lengths) check.Is("query_lengths", args[0], "S32", {s.batch});
+  if (s.key_lengths) check.Is("key_lengths", args.back(), "S32", {s.batch});
+  if (check.Ok() && sizes != nullptr) *sizes = s;
+  return check.message();
+}
+
 std::string CheckSortIds(const std::vector<Buffer>& args, const std::vector<Buffer>& results,
                          const Attrs&, SortSizes* sizes) {
   Checker check("sort_ids");

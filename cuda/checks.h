@@ -45,6 +45,13 @@ struct SeenSizes {
   bool mask = false, bias = false;
 };
 
+// Dimensions of a call that makes intervals.
+struct IntervalSizes {
+  int64_t batch = 0, all_batch = 0, kv_heads = 0;  // batch: whose intervals may differ
+  int64_t length_q = 0, length_kv = 0, padded_q = 0;
+  bool query_lengths = false, key_lengths = false;
+};
+
 // Dimensions of ids to be sorted.
 struct SortSizes {
   int64_t batch = 0, length = 0;
@@ -59,6 +66,8 @@ std::string CheckPackMask(const std::vector<Buffer>& args, const std::vector<Buf
                           const Attrs& attrs, PackSizes* sizes);
 std::string CheckSeenKeys(const std::vector<Buffer>& args, const std::vector<Buffer>& results,
                           const Attrs& attrs, SeenSizes* sizes);
+std::string CheckIntervals(const std::vector<Buffer>& args, const std::vector<Buffer>& results,
+                           const Attrs& attrs, IntervalSizes* sizes);
 std::string CheckSortIds(const std::vector<Buffer>& args, const std::vector<Buffer>& results,
                          const Attrs& attrs, SortSizes* sizes);
 
@@ -77,6 +86,10 @@ inline std::string CheckPackMask(const std::vector<Buffer>& args,
 inline std::string CheckSeenKeys(const std::vector<Buffer>& args,
                                  const std::vector<Buffer>& results, const Attrs& attrs) {
   return CheckSeenKeys(args, results, attrs, nullptr);
+}
+inline std::string CheckIntervals(const std::vector<Buffer>& args,
+                                  const std::vector<Buffer>& results, const Attrs& attrs) {
+  return CheckIntervals(args, results, attrs, nullptr);
 }
 inline std::string CheckSortIds(const std::vector<Buffer>& args, const std::vector<Buffer>& results,
                                 const Attrs& attrs) {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "mask/intervals.h"
 #include "mask/mark.h"
 #include "mask/pack.h"
 #include "mask/seen.h"
@@ -427,6 +428,44 @@ ffi::Error SeenKeysImpl(cudaStream_t stream, ffi::RemainingArgs args,
   return FromCuda("seen_keys", LaunchSeen(params, stream));
 }
 
+ffi::Error IntervalsImpl(cudaStream_t stream, ffi::RemainingArgs args,
+                         ffi::Result<ffi::AnyBuffer> rows, ffi::Result<ffi::AnyBuffer> groups,
+                         ffi::Result<ffi::AnyBuffer> seen,
+                         ffi::Result<ffi::AnyBuffer> per_counted_key, int64_t length_q,
+                         int64_t query_lengths, int64_t key_lengths, int64_t left, int64_t right,
+                         int64_t bottom_right) {
+  std::vector<ffi::AnyBuffer> in;
+  std::vector<Buffer> described;
+  if (auto error = Collect(args, in, described); error.failure()) return error;
+  IntervalSizes sizes;
+  const std::string message = CheckIntervals(
+      described, {Describe(*rows), Describe(*groups), Describe(*seen), Describe(*per_counted_key)},
+      {{"length_q", static_cast<double>(length_q)},
+       {"query_lengths", static_cast<double>(query_lengths)},
+       {"key_lengths", static_cast<double>(key_lengths)},
+       {"left", static_cast<double>(left)},
+       {"right", static_cast<double>(right)},
+       {"bottom_right", static_cast<double>(bottom_right)}},
+      &sizes);
+  if (!message.empty()) return Invalid(message);
+  IntervalParams params{};
+  if (sizes.query_lengths) params.query_lengths = Data<int32_t>(in.front());
+  if (sizes.key_lengths) params.key_lengths = Data<int32_t>(in.back());
+  params.left = left;
+  params.right = right;
+  params.bottom_right = bottom_right != 0;
+  params.length_q = static_cast<int>(sizes.length_q);
+  params.length_kv = static_cast<int>(sizes.length_kv);
+  params.padded_q = static_cast<int>(sizes.padded_q);
+  params.batch = sizes.batch;
+  params.all_heads = sizes.all_batch * sizes.kv_heads;
+  params.rows = Data<int2>(*rows);
+  params.groups = Data<int4>(*groups);
+  params.seen = Data<uint8_t>(*seen);
+  params.per_counted_key = Data<float>(*per_counted_key);
+  return FromCuda("intervals", LaunchIntervals(params, stream));
+}
+
 ffi::Error SortIdsImpl(cudaStream_t stream, ffi::AnyBuffer ids,
                        ffi::Result<ffi::AnyBuffer> sorted_ids, ffi::Result<ffi::AnyBuffer> order) {
   SortSizes sizes;
@@ -461,6 +500,23 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageSeenKeys, jax_sage::SeenKeysImpl,
                                   .Attr<int64_t>("length_q")
                                   .Attr<int64_t>("mask")
                                   .Attr<int64_t>("bias"),
+                              {xla::ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageIntervals, jax_sage::IntervalsImpl,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                  .RemainingArgs()             // see CheckIntervals
+                                  .Ret<xla::ffi::AnyBuffer>()  // rows
+                                  .Ret<xla::ffi::AnyBuffer>()  // groups
+                                  .Ret<xla::ffi::AnyBuffer>()  // seen
+                                  .Ret<xla::ffi::AnyBuffer>()  // per_counted_key
+                                  .Attr<int64_t>("length_q")
+                                  .Attr<int64_t>("query_lengths")
+                                  .Attr<int64_t>("key_lengths")
+                                  // -1: no limit
+                                  .Attr<int64_t>("left")
+                                  .Attr<int64_t>("right")
+                                  .Attr<int64_t>("bottom_right"),
                               {xla::ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageSortIds, jax_sage::SortIdsImpl,

@@ -32,6 +32,7 @@ nb::dict FfiTargets() {
   targets["jax_sage_attention"] = Target(JaxSageAttention);
   targets["jax_sage_pack_mask"] = Target(JaxSagePackMask);
   targets["jax_sage_seen_keys"] = Target(JaxSageSeenKeys);
+  targets["jax_sage_intervals"] = Target(JaxSageIntervals);
   targets["jax_sage_sort_ids"] = Target(JaxSageSortIds);
   return targets;
 }
@@ -95,6 +96,10 @@ NB_MODULE(_cuda, m) {
   m.def("check_seen_keys", &Check<CheckSeenKeys>, nb::arg("args"), nb::arg("results"),
         nb::arg("attrs"),
         "What is wrong with a seen_keys call of these (dtype, dims) buffers and attributes, or "
+        "None.");
+  m.def("check_intervals", &Check<CheckIntervals>, nb::arg("args"), nb::arg("results"),
+        nb::arg("attrs"),
+        "What is wrong with an intervals call of these (dtype, dims) buffers and attributes, or "
         "None.");
   m.def("check_sort_ids", &Check<CheckSortIds>, nb::arg("args"), nb::arg("results"),
         nb::arg("attrs"),

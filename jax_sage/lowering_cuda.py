@@ -141,6 +141,11 @@ def _masked(
     attributes = operands.attributes | {"counted": np.int64(0)}
     if view.sees_everything():
         return run(query, (*codes(), *operands.arrays), **attributes)
+    if operands.seen is not None:
+        # Kernels load no tile that lies outside of all intervals.
+        quantized = codes(seen=operands.seen, skip_unseen=True)
+        attributes["counted"] = np.int64(1)
+        return run(query, (*quantized, operands.seen[1], *operands.arrays), **attributes)
     seen = mask_operands.seen_keys(view, masks, operands.arrays[0], batch, kv_heads)
     if masks.query_segment_ids is not None:
         # Means and scales of V are those of each segment, and so are the counts of its keys.
@@ -149,19 +154,10 @@ def _masked(
             segments=mask_operands.sorted_segments(masks, batch, view.padded_q, length_kv),
         )
         return run(query, (*quantized, *operands.arrays), **attributes)
-    intervals = masks.mask is None and masks.bias is None
-    if intervals:
-        first, end = (mask_operands.flat_batch(x, batch) for x in view.seen_interval())
-        count = (end - first).astype(jnp.float32)  # negative where no query sees a key
-    else:
-        count = seen.sum(-1, dtype=jnp.float32)
-    per_key = jnp.broadcast_to(
-        np.float32(1) / jnp.maximum(count, np.float32(1)), (math.prod(batch), kv_heads)
-    )
-    # Kernels load no tile that lies outside of all intervals.
-    quantized = codes(seen=(seen, per_key), skip_unseen=intervals)
+    count = jnp.maximum(seen.sum(-1, dtype=jnp.float32), np.float32(1))
+    per_key = jnp.broadcast_to(np.float32(1) / count, (math.prod(batch), kv_heads))
     attributes["counted"] = np.int64(1)
-    return run(query, (*quantized, per_key, *operands.arrays), **attributes)
+    return run(query, (*codes(seen=(seen, per_key)), per_key, *operands.arrays), **attributes)
 
 
 def why_portable(

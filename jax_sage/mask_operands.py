@@ -14,8 +14,7 @@ bias    as given; keys padded to Sp, or two columns that stand for all
 
 import math
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,13 +35,24 @@ MOST_SORTED = 8192
 class MaskOperands(NamedTuple):
     arrays: tuple[jax.Array, ...]  # without those of the quantized operands
     attributes: dict[str, np.int64]
+    # Where intervals say all, and some keys may not be seen, else None: which keys are, uint8
+    # [B or 1, 1, S], and 1 / how many, [B, K].
+    seen: tuple[jax.Array, jax.Array] | None
 
 
 def make(
     view: View, masks: Masks, batch: Sequence[int], key: jax.Array, value: jax.Array
 ) -> MaskOperands:
     """`view` is of Tp queries; `key` and `value` are [*B, S, K, H]."""
-    rows, groups = _intervals(view, batch)
+    are_intervals = masks.mask is None and masks.bias is None and masks.query_segment_ids is None
+    seen = None
+    known = view.known_intervals() if view.padded_q <= _MOST_CONSTANTS else None
+    if known is not None and (view.sees_everything() or not are_intervals):
+        rows, groups = _constant_intervals(view, known)
+    else:
+        rows, groups, keys, per_key = _intervals(view, masks, batch, key.shape[-2])
+        if are_intervals:
+            seen = keys, per_key
     arrays = [rows, groups, key, value]
     if masks.mask is not None:
         arrays += _mask(flat_batch(masks.mask, batch), view.padded_q, key.shape[-3])
@@ -61,6 +71,7 @@ def make(
             "segments": np.int64(masks.query_segment_ids is not None),
             "bias": np.int64(masks.bias is not None),
         },
+        seen,
     )
 
 
@@ -122,28 +133,48 @@ def flat_batch(x: jax.Array, batch: Sequence[int]) -> jax.Array:
     return jnp.broadcast_to(x, (*batch, *rest)).reshape(math.prod(batch), *rest)
 
 
-def _intervals(view: View, batch: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-    known = view.known_intervals() if view.padded_q <= _MOST_CONSTANTS else None
-    if known is None:
-        return _rows_and_groups(
-            jnp, view, flat_batch(view.first, batch), flat_batch(view.end, batch)
-        )
-    # Constants: making them anew takes four launches a call.
-    rows, groups = _rows_and_groups(np, view, *(x.reshape(1, -1) for x in known))
-    return jnp.asarray(rows), jnp.asarray(groups)
-
-
-def _rows_and_groups(xp: ModuleType, view: View, first: Any, end: Any) -> tuple[Any, Any]:
-    by_group = (first.shape[0], view.padded_q // GROUP, GROUP)
+def _constant_intervals(
+    view: View, known: tuple[np.ndarray, np.ndarray]
+) -> tuple[jax.Array, jax.Array]:
+    """rows and groups that no array decides: constants of the program, which take no launch."""
+    first, end = (x.reshape(1, -1) for x in known)
+    by_group = (1, view.padded_q // GROUP, GROUP)
     firsts, ends = first.reshape(by_group), end.reshape(by_group)
     # Queries that are padding have no outputs, and do not keep others from seeing all of a tile.
-    real = (xp.arange(view.padded_q) < view.length_q).reshape(by_group[1:])
-    latest = xp.where(real, firsts, np.int32(0))
-    earliest = xp.where(real, ends, np.int32(view.length_kv))
-    # Least and greatest by one reduction: four are as many launches.
-    signs = np.array([1, -1, -1, 1], np.int32)
-    groups = xp.stack([firsts, -ends, -latest, earliest], axis=-1).min(-2) * signs
-    return xp.stack([first, end], axis=-1), groups
+    real = (np.arange(view.padded_q) < view.length_q).reshape(by_group[1:])
+    latest = np.where(real, firsts, np.int32(0)).max(-1)
+    earliest = np.where(real, ends, np.int32(view.length_kv)).min(-1)
+    groups = np.stack([firsts.min(-1), ends.max(-1), latest, earliest], axis=-1)
+    return jnp.asarray(np.stack([first, end], axis=-1)), jnp.asarray(groups)
+
+
+def _intervals(
+    view: View, masks: Masks, batch: Sequence[int], kv_heads: int
+) -> Sequence[jax.Array]:
+    """rows, groups, which keys are seen, and 1 / how many, by a kernel: six launches otherwise."""
+    lengths = {
+        "query_lengths": masks.query_seq_lengths,
+        "key_lengths": masks.key_value_seq_lengths,
+    }
+    given = [flat_batch(x, batch) for x in lengths.values() if x is not None]
+    size = max((x.shape[0] for x in given), default=1)
+    band = view.band
+    return jax.ffi.ffi_call(
+        "jax_sage_intervals",
+        (
+            jax.ShapeDtypeStruct((size, view.padded_q, 2), jnp.int32),
+            jax.ShapeDtypeStruct((size, view.padded_q // GROUP, 4), jnp.int32),
+            jax.ShapeDtypeStruct((size, 1, view.length_kv), jnp.uint8),
+            jax.ShapeDtypeStruct((math.prod(batch), kv_heads), jnp.float32),
+        ),
+    )(
+        *(jnp.broadcast_to(x, size) for x in given),
+        length_q=np.int64(view.length_q),
+        left=np.int64(-1 if band.left is None else band.left),
+        right=np.int64(-1 if band.right is None else band.right),
+        bottom_right=np.int64(band.bottom_right),
+        **{name: np.int64(x is not None) for name, x in lengths.items()},
+    )
 
 
 def _mask(mask: jax.Array, padded_q: int, length_kv: int) -> list[jax.Array]:
@@ -165,8 +196,9 @@ def _pad_by_last(ids: jax.Array, size: int) -> jax.Array:
 
 
 def _ranges(ids: jax.Array, size: int) -> jax.Array:
+    """Least and greatest by one reduction: two are as many launches."""
     ids = ids.reshape(ids.shape[0], -1, size)
-    return jnp.stack([ids.min(-1), ids.max(-1)], axis=-1)
+    return jnp.stack([ids, ~ids], axis=-1).min(-2) ^ np.array([0, -1], np.int32)
 
 
 def _bias(bias: jax.Array, length_kv: int) -> jax.Array:

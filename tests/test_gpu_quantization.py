@@ -259,6 +259,60 @@ def test_means_hide_the_order_of_their_sum(dtype):
     np.testing.assert_array_equal(actual["q_scale"], expected["q_scale"])
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_intervals_are_those_of_the_view(seed):
+    """Of queries, of 64 of them, and of all together; of lengths beyond what there is too."""
+    rng = np.random.default_rng(seed)
+    batch, kv_heads = int(rng.integers(1, 4)), int(rng.integers(1, 3))
+    length_q, length_kv = map(int, rng.integers(1, 900, 2))
+    limits = [None, 0, 5, 64, 300, 1000]
+    band = Band(*(limits[i] for i in rng.integers(len(limits), size=2)), bool(rng.integers(2)))
+    lengths = rng.integers(-3, [length_q + 9, length_kv + 9], (batch, 2)).astype(np.int32)
+    given = [True, bool(rng.integers(2))][:: 1 if seed % 2 else -1]
+    masks = Masks(
+        query_seq_lengths=lengths[:, 0] if given[0] else None,
+        key_value_seq_lengths=lengths[: 1 if seed == 3 else None, 1] if given[1] else None,
+    )
+    if seed == 0:  # no array at all
+        masks, band = Masks(), Band(7, 0, True)
+    padded_q = mask_operands.round_up(length_q, lowering_cuda.BLOCK_Q)
+
+    def views(masks):
+        return View(
+            masks,
+            band,
+            batch_rank=1,
+            kv_heads=kv_heads,
+            length_q=length_q,
+            length_kv=length_kv,
+            padded_q=padded_q,
+        )
+
+    rows, groups, seen, per_key = jax.jit(
+        lambda masks: mask_operands._intervals(views(masks), masks, (batch,), kv_heads)
+    )(masks)
+    first, end, expected_seen = on_cpu(
+        jax.jit(lambda masks: (views(masks).first, views(masks).end, views(masks).seen_keys())),
+        masks,
+    )
+    first, end = (np.broadcast_to(x, (len(rows), padded_q)) for x in (first, end))
+    np.testing.assert_array_equal(rows, np.stack([first, end], -1))
+    np.testing.assert_array_equal(seen, np.broadcast_to(expected_seen, seen.shape))
+    # Padding sees nothing, and keeps nobody from seeing all.
+    real = np.arange(padded_q) < length_q
+    by_group = [
+        x.reshape(len(rows), -1, mask_operands.GROUP)
+        for x in (first, end, np.where(real, first, 0), np.where(real, end, length_kv))
+    ]
+    reduced = [f(x, -1) for f, x in zip((np.min, np.max, np.max, np.min), by_group, strict=True)]
+    np.testing.assert_array_equal(groups, np.stack(reduced, -1))
+    counts = np.asarray(seen).sum((1, 2), dtype=np.float32)[:, None]
+    np.testing.assert_array_equal(
+        per_key,
+        np.broadcast_to(np.float32(1) / np.maximum(counts, np.float32(1)), (batch, kv_heads)),
+    )
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 1000, 1025, 8192, mask_operands.MOST_SORTED])
 def test_ids_are_sorted(length):
     """Of equal ids the first token comes first; what is in order stays."""

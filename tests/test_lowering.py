@@ -285,6 +285,8 @@ def test_masks_are_lowered_to_kernels(name):
     assert attribute(attention, "counted") == (str(int(counted)), "i64")
     assert ("jax_sage_pack_mask" in calls) == (name == "mask")
     assert ("jax_sage_seen_keys" in calls) == (name == "mask")  # of one row XLA makes it
+    # The others' are constants of the program.
+    assert ("jax_sage_intervals" in calls) == (name == "lengths")
     alike = name not in ("alignment", "window")  # a window of a fifth of the keys, cut off at ends
     assert attribute(attention, "alike") == (str(int(alike)), "i64")
     quantize = calls["jax_sage_quantize"]
@@ -468,6 +470,19 @@ def right_call(which, recipe="8+8", query=(2, 300, 4, 80), key=(2, 1100, 2, 80))
             [words, ("U8", [batch, heads, groups, tiles])],
             {},
         )
+    if which == "intervals":
+        lengths = ("S32", [batch])
+        return (
+            [lengths, lengths],
+            [
+                ("S32", [batch, groups * 64, 2]),
+                ("S32", [batch, groups, 4]),
+                ("U8", [batch, 1, tokens]),
+                ("F32", [batch, kv_heads]),
+            ],
+            {"length_q": float(query[-3]), "query_lengths": 1.0, "key_lengths": 1.0}
+            | {"left": 5.0, "right": -1.0, "bottom_right": 1.0},
+        )
     if which == "sort_ids":
         ids = ("S32", [batch, tokens])
         return [ids], [ids, ids], {}
@@ -574,9 +589,13 @@ NAMES = {
     "attention with segments": ([*BY_SLOT, *MASKS, *IDS, "bias"], ["out", "lse"]),
     "pack_mask": (["mask"], ["words", "views"]),
     "seen_keys": (["rows", "mask", "bias"], ["seen"]),
+    "intervals": (
+        ["query_lengths", "key_lengths"],
+        ["rows", "groups", "seen", "per_counted_key"],
+    ),
     "sort_ids": (["ids"], ["sorted_ids", "order"]),
 }
-OF_NO_RECIPE = ("pack_mask", "seen_keys", "sort_ids")
+OF_NO_RECIPE = ("pack_mask", "seen_keys", "intervals", "sort_ids")
 CALLS = [(which, recipe) for which in NAMES if which not in OF_NO_RECIPE for recipe in RECIPES]
 CALLS += [(which, "8+8") for which in OF_NO_RECIPE]
 
@@ -623,6 +642,9 @@ def corruptions(which, recipe):
                             continue  # any number of parts is right
                     if name == "seen" and side == 1 and axis == 1 and wrong == 2 * size:
                         continue  # as many heads of K as of Q
+                    if which == "intervals" and 0 < wrong <= 2 * size:
+                        if (name, axis) in (("seen", 2), ("per_counted_key", 1)):
+                            continue  # other numbers of keys, and of heads
                     if which == "pack_mask" and name == "mask" and axis == 3 and wrong == size + 1:
                         continue  # another mask, in as many tiles
                     yield name, side, i, (dtype, [*dims[:axis], wrong, *dims[axis + 1 :]])
@@ -684,6 +706,12 @@ def test_wrong_dtypes_are_named(which, recipe):
         ("attention", "mma_sync", [2, -1, math.nan]),
         ("attention", "length_kv", [0, -1, 2.0**31, 2.0**40, math.nan]),
         ("seen_keys", "length_q", [0, -1, 2.0**31, math.nan]),
+        ("intervals", "length_q", [0, -1, 2.0**31, math.nan]),
+        ("intervals", "left", [-2, 2.0**33, math.nan]),
+        ("intervals", "right", [-2, 2.0**33, math.nan]),
+        ("intervals", "bottom_right", [2, -1]),
+        ("intervals", "query_lengths", [2, -1]),
+        ("intervals", "key_lengths", [2, -1]),
         ("seen_keys", "mask", [2, -1]),
         ("seen_keys", "bias", [2, -1]),
     ],

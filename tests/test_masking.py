@@ -260,8 +260,12 @@ def test_tiles_that_somebody_sees_lie_in_parts_that_have_codes(seed):
     first, end = view.seen_interval()
     np.testing.assert_array_equal(np.maximum(end - first, 0).ravel(), seen.sum(-1)[: len(first)])
 
-    nothing = jnp.zeros((2, length_kv, 1, 1))
-    groups = np.asarray(mask_operands.make(view, masks, (2,), nothing, nothing).arrays[1])
+    # The least first key and the greatest end of 64 queries.
+    firsts, ends = (
+        np.asarray(x).reshape(-1, padded_q // mask_operands.GROUP, mask_operands.GROUP)
+        for x in (view.first, view.end)
+    )
+    groups = np.stack([firsts.min(-1), ends.max(-1)], axis=-1)
     looked_at = 0
     for head_dim, (chunk, tiles) in CHUNKS_AND_TILES.items():
         parts = lowering_cuda._parts(length_kv, head_dim, 4)

@@ -265,5 +265,5 @@ def test_module_says_what_it_was_built_for(cuda_module, backend):
 
 
 def test_module_has_the_custom_calls(cuda_module):
-    calls = ("quantize", "attention", "pack_mask", "seen_keys", "sort_ids")
+    calls = ("quantize", "attention", "pack_mask", "seen_keys", "intervals", "sort_ids")
     assert set(cuda_module.ffi_targets()) == {f"jax_sage_{call}" for call in calls}

@@ -49,10 +49,12 @@ __global__ void __launch_bounds__(kThreads) SortIds(const SortParams params) {
   const int32_t* ids = params.ids + blockIdx.x * static_cast<int64_t>(length);
 
   // The runs, of a few neighbouring tokens by each thread.
-  const int first = threadIdx.x * kMostOfThread, end = min(first + kMostOfThread, length);
+  const int first = threadIdx.x * kMostOfThread;
   uint32_t begins = 0;  // bits of tokens that begin a run
-  for (int i = first; i < end; ++i) {
-    if (i == 0 || ids[i - 1] != ids[i]) begins |= 1u << (i - first);
+#pragma unroll
+  for (int i = 0; i < kMostOfThread; ++i) {
+    const int token = first + i;
+    if (token < length && (token == 0 || ids[token - 1] != ids[token])) begins |= 1u << i;
   }
   int count;
   int run = SumBefore(__popc(begins), shared.sums, count);
@@ -111,6 +113,7 @@ __global__ void __launch_bounds__(kThreads) SortIds(const SortParams params) {
   __syncthreads();
   int32_t* sorted_ids = params.sorted_ids + blockIdx.x * static_cast<int64_t>(length);
   int32_t* order = params.order + blockIdx.x * static_cast<int64_t>(length);
+#pragma unroll 4
   for (int i = threadIdx.x; i < length; i += kThreads) {
     int low = 0, high = count;  // the run is among these
     while (high - low > 1) {

@@ -14,6 +14,7 @@ _HANDLERS = {
     "jax_sage_attention": "JaxSageAttention",
     "jax_sage_pack_mask": "JaxSagePackMask",
     "jax_sage_seen_keys": "JaxSageSeenKeys",
+    "jax_sage_intervals": "JaxSageIntervals",
     "jax_sage_sort_ids": "JaxSageSortIds",
 }
 

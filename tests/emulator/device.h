@@ -74,6 +74,7 @@ X atomicAdd(X* to, X x) {
   return std::exchange(*to, *to + x);
 }
 inline int atomicMin(int* to, int x) { return std::exchange(*to, std::min(*to, x)); }
+inline int atomicMax(int* to, int x) { return std::exchange(*to, std::max(*to, x)); }
 inline void __nanosleep(unsigned) { emulator::Sleep(); }
 inline size_t __cvta_generic_to_shared(const void* pointer) {
   return static_cast<const uint8_t*>(pointer) - emulator::shared_memory;

@@ -77,6 +77,10 @@ def poison_results(source: str) -> str:
         ("  AttentionParams params{};\n", ["(*out)", "(*lse)"]),
         ("  PackParams params{};\n", ["(*words)", "(*views)"]),
         ("  SeenParams params{};\n", ["(*seen)"]),
+        (
+            "  IntervalParams params{};\n",
+            ["(*rows)", "(*groups)", "(*seen)", "(*per_counted_key)"],
+        ),
         ("  SortParams params{};\n", ["(*sorted_ids)", "(*order)"]),
     ):
         assert source.count(place) == 1, place
