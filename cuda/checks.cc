@@ -124,7 +124,8 @@ void Pad(Sizes& s) {
 }
 
 // The nine buffers that pass from quantization to attention. With segments scales and offsets of V
-// are by slot, and finished; the slots of the queries take the place of the sums.
+// are by slot, and finished; the slots of the queries take the place of the sums, and two buffers
+// more have what they see.
 void CheckQuantized(Checker& check, const std::vector<Buffer>& b, Sizes& s) {
   s.fp8_value = b[5].dtype == "F8E4M3FN";
   const int64_t hp = s.padded_head_dim, hc = s.table_channels;
@@ -142,6 +143,8 @@ void CheckQuantized(Checker& check, const std::vector<Buffer>& b, Sizes& s) {
   if (s.kinds.segments) {
     check.Is("channels", b[6], "F32", {s.batch, s.kv_heads, s.length_kv, kSlotRows, hc});
     check.Is("query_slots", b[8], "S32", {s.batch, s.padded_q});
+    check.Is("segment_rows", b[9], "S32", {s.batch, s.padded_q, 2});
+    check.Is("segment_groups", b[10], "S32", {s.batch, s.padded_q / kMaskRows, 4});
   } else {
     check.Is("channels", b[6], "F32", {s.batch, s.kv_heads, kChannelRows, hc});
     check.Is("value_code_sum", b[8], "U32", {s.batch, s.kv_heads, hc, 2});
@@ -169,8 +172,8 @@ std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buf
   check.Require(some_seen || !segments, "attribute segments needs some_seen");
   check.Require(!check.Flag(attrs, "skip_unseen") || (some_seen && !segments),
                 "attribute skip_unseen needs some_seen and is not for segments");
-  check.Count("arguments", args.size(), segments ? 7 : some_seen ? 5 : 3);
-  check.Count("results", results.size(), segments ? 18 : 11);
+  check.Count("arguments", args.size(), segments ? 8 : some_seen ? 5 : 3);
+  check.Count("results", results.size(), segments ? 20 : 11);
   if (!check.Ok()) return check.message();
 
   Sizes s;
@@ -196,11 +199,12 @@ std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buf
     check.IsOrOne("query_ids", args[4], "S32", {s.batch, s.padded_q}, 1);
     check.IsOrOne("sorted_ids", args[5], "S32", {s.batch, s.length_kv}, 1);
     check.Is("order", args[6], "S32", args[5].dims);
+    check.IsOrOne("rows", args[7], "S32", {s.batch, s.padded_q, 2}, 1);
   } else if (some_seen) {
     check.Is("per_counted_key", args[4], "F32", {s.batch, s.kv_heads});
   }
   CheckQuantized(check, results, s);
-  const Buffer& partials = results[9];
+  const Buffer& partials = results[segments ? 11 : 9];
   const size_t lead = segments ? 3 : 2;
   check.Require(partials.dims.size() == lead + 3,
                 [&] { return "partials must have rank " + std::to_string(lead + 3); });
@@ -210,14 +214,14 @@ std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buf
   if (segments) {
     check.Is("partials", partials, "F32",
              {s.batch, s.kv_heads, kPieces, s.parts, kPartialRows, hc});
-    check.Is("piece_counts", results[10], "S32", {s.batch, s.kv_heads, 2, kPieces, s.parts});
-    check.Is("key_slots", results[11], "S32", {s.batch, s.length_kv});
-    check.Is("slot_means", results[12], "BF16", {s.batch, s.kv_heads, s.length_kv, hc});
-    check.Is("slot_factors", results[13], "F32", {s.batch, s.kv_heads, s.length_kv, 2});
-    check.Is("value_code_sum", results[14], "U32", {s.batch, s.kv_heads, s.length_kv, hc, 2});
-    check.Is("slot_ends", results[15], "S32", {s.batch, s.length_kv});
-    check.Is("piece_arrivals", results[16], "S32", {s.batch, s.kv_heads, 2, s.parts});
-    check.Is("arrivals", results[17], "S32", {s.batch, s.kv_heads, 2});
+    check.Is("piece_counts", results[12], "S32", {s.batch, s.kv_heads, 2, kPieces, s.parts});
+    check.Is("key_slots", results[13], "S32", {s.batch, s.length_kv});
+    check.Is("slot_means", results[14], "BF16", {s.batch, s.kv_heads, s.length_kv, hc});
+    check.Is("slot_factors", results[15], "F32", {s.batch, s.kv_heads, s.length_kv, 2});
+    check.Is("value_code_sum", results[16], "U32", {s.batch, s.kv_heads, s.length_kv, hc, 2});
+    check.Is("slot_ends", results[17], "S32", {s.batch, s.length_kv});
+    check.Is("piece_arrivals", results[18], "S32", {s.batch, s.kv_heads, 2, s.parts});
+    check.Is("arrivals", results[19], "S32", {s.batch, s.kv_heads, 2});
   } else {
     check.Is("partials", partials, "F32", {s.batch, s.kv_heads, s.parts, kPartialRows, hc});
     check.Is("arrivals", results[10], "S32", {s.batch, s.kv_heads, 2});
@@ -236,12 +240,12 @@ std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buf
 
 namespace {
 
-// What follows the nine buffers of a masked call. ReadMasks in ffi.cc repeats their places.
+// What follows the quantized buffers of a masked call. ReadMasks in ffi.cc repeats their places.
 void CheckMasks(Checker& check, const std::vector<Buffer>& args, const Buffer& out, const Sizes& s,
                 const MaskKinds& kinds) {
   const int64_t groups = s.padded_q / kMaskRows;
   const int64_t tiles = RoundUp(s.length_kv, kMaskKeys) / kMaskKeys;
-  size_t next = 9;
+  size_t next = kinds.segments ? 11 : 9;
   if (kinds.counted) check.Is("per_counted_key", args[next++], "F32", {s.batch, s.kv_heads});
   check.IsOrOne("rows", args[next], "S32", {s.batch, s.padded_q, 2}, 1);
   check.IsOrOne("groups", args[next + 1], "S32", {s.batch, groups, 4}, 1);
@@ -262,6 +266,7 @@ void CheckMasks(Checker& check, const std::vector<Buffer>& args, const Buffer& o
     check.IsOrOne("key_ids", args[next + 1], "S32", {s.batch, tiles * kMaskKeys}, 1);
     check.IsOrOne("query_ranges", args[next + 2], "S32", {s.batch, groups, 2}, 1);
     check.IsOrOne("key_ranges", args[next + 3], "S32", {s.batch, tiles, 2}, 1);
+    check.IsOrOne("scattered", args.back(), "S32", {s.batch}, 1);
     next += 4;
   }
   if (kinds.bias) {
@@ -291,7 +296,7 @@ std::string CheckAttention(const std::vector<Buffer>& args, const std::vector<Bu
   check.Require(!(kinds.segments && kinds.counted), "attribute counted is not for segments");
   check.Count("arguments", args.size(),
               9 + (kinds.masked ? 4 : 0) + (kinds.counted ? 1 : 0) + (kinds.mask ? 2 : 0) +
-                  (kinds.segments ? 4 : 0) + (kinds.bias ? 1 : 0));
+                  (kinds.segments ? 2 + 5 : 0) + (kinds.bias ? 1 : 0));
   check.Count("results", results.size(), 2);
   if (!check.Ok()) return check.message();
 
@@ -459,7 +464,7 @@ std::string CheckSortIds(const std::vector<Buffer>& args, const std::vector<Buff
                          const Attrs&, SortSizes* sizes) {
   Checker check("sort_ids");
   check.Count("arguments", args.size(), 1);
-  check.Count("results", results.size(), 2);
+  check.Count("results", results.size(), 3);
   if (!check.Ok()) return check.message();
   const std::vector<int64_t>& dims = args[0].dims;
   check.Require(args[0].dtype == "S32" && dims.size() == 2, [&] {
@@ -473,6 +478,7 @@ std::string CheckSortIds(const std::vector<Buffer>& args, const std::vector<Buff
   });
   check.Is("sorted_ids", results[0], "S32", dims);
   check.Is("order", results[1], "S32", dims);
+  check.Is("scattered", results[2], "S32", {dims[0]});
   if (check.Ok() && sizes != nullptr) *sizes = {dims[0], dims[1]};
   return check.message();
 }

@@ -177,24 +177,29 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remai
   params.k_scale = Data<float>(out[4]);
   params.v = out[5].untyped_data();
   params.first_bad = Data<int32_t>(out[7]);
-  params.partials = Data<float>(out[9]);
   if (segments != 0) {
     params.query_ids = Data<int32_t>(in[4]);
     params.query_id_stride = Stride(in[4], 0);
     params.sorted_ids = Data<int32_t>(in[5]);
     params.key_id_stride = Stride(in[5], 0);
     params.order = Data<int32_t>(in[6]);
+    params.rows = Data<int2>(in[7]);
+    params.row_stride = Stride(in[7], 0) / 2;
     params.slot_channels = Data<float>(out[6]);
     params.query_slots = Data<int32_t>(out[8]);
-    params.piece_counts = Data<int32_t>(out[10]);
-    params.key_slots = Data<int32_t>(out[11]);
-    params.slot_means = Data<__nv_bfloat16>(out[12]);
-    params.slot_factors = Data<float2>(out[13]);
-    params.value_code_sum = Data<long long>(out[14]);
-    params.slot_ends = Data<int32_t>(out[15]);
-    params.piece_arrivals = Data<int32_t>(out[16]);
-    params.arrivals = Data<int32_t>(out[17]);
+    params.segment_rows = Data<int2>(out[9]);
+    params.segment_groups = Data<int4>(out[10]);
+    params.partials = Data<float>(out[11]);
+    params.piece_counts = Data<int32_t>(out[12]);
+    params.key_slots = Data<int32_t>(out[13]);
+    params.slot_means = Data<__nv_bfloat16>(out[14]);
+    params.slot_factors = Data<float2>(out[15]);
+    params.value_code_sum = Data<long long>(out[16]);
+    params.slot_ends = Data<int32_t>(out[17]);
+    params.piece_arrivals = Data<int32_t>(out[18]);
+    params.arrivals = Data<int32_t>(out[19]);
   } else {
+    params.partials = Data<float>(out[9]);
     if (some_seen != 0) params.per_counted_key = Data<float>(in[4]);
     params.channels = Data<float>(out[6]);
     params.value_code_sum = Data<long long>(out[8]);
@@ -220,10 +225,10 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remai
                                             : LaunchQuantize(params, stream));
 }
 
-// The buffers behind the nine of every call, in the order of CheckMasks.
+// The buffers behind those that quantization made, in the order of CheckMasks.
 void ReadMasks(const std::vector<ffi::AnyBuffer>& in, const MaskKinds& kinds,
                AttentionParams& params, MarkParams& mark) {
-  size_t next = 9;
+  size_t next = kinds.segments ? 11 : 9;
   if (kinds.counted) params.per_counted_key = Data<float>(in[next++]);
   MaskParams& masks = params.masks;
   masks.rows = Data<const int2>(in[next]);
@@ -256,6 +261,13 @@ void ReadMasks(const std::vector<ffi::AnyBuffer>& in, const MaskKinds& kinds,
     masks.query_range_stride = Stride(in[next + 2], 0) / 2;
     masks.key_ranges = Data<const int2>(in[next + 3]);
     masks.key_range_stride = Stride(in[next + 3], 0) / 2;
+    // With a mask or a bias intervals are not all that there is.
+    if (!kinds.mask && !kinds.bias) {
+      params.segment_rows = Data<const int2>(in[9]);
+      params.segment_groups = Data<const int4>(in[10]);
+      params.scattered = Data<const int32_t>(in.back());
+      params.scattered_stride = Stride(in.back(), 0);
+    }
     next += 4;
   }
   if (kinds.bias) {
@@ -279,6 +291,17 @@ ffi::Error LaunchAttention(const AttentionParams& params, bool fp8_value, bool f
     bool on_hopper = false;
     if (auto error = IsOnHopper(kCall, on_hopper); error.failure()) return error;
     if (on_hopper) {
+      if (params.scattered != nullptr) {
+        AttentionParams by_intervals = params;
+        by_intervals.masks = {};
+        by_intervals.masks.rows = params.segment_rows;
+        by_intervals.masks.row_stride = params.padded_q;
+        by_intervals.masks.groups = params.segment_groups;
+        by_intervals.masks.group_stride = params.padded_q / kMaskRows;
+        const cudaError_t error = fp8_value ? sm90::LaunchSegmentsFp8(by_intervals, stream)
+                                            : sm90::LaunchSegmentsFp16(by_intervals, stream);
+        if (error != cudaSuccess) return FromCuda(kCall, error);
+      }
       if (!params.masks.AreIntervals() || params.masks.bias != nullptr) {
         return FromCuda(kCall, fp8_value ? sm90::LaunchMaskedFp8(params, stream)
                                          : sm90::LaunchMaskedFp16(params, stream));
@@ -467,15 +490,17 @@ ffi::Error IntervalsImpl(cudaStream_t stream, ffi::RemainingArgs args,
 }
 
 ffi::Error SortIdsImpl(cudaStream_t stream, ffi::AnyBuffer ids,
-                       ffi::Result<ffi::AnyBuffer> sorted_ids, ffi::Result<ffi::AnyBuffer> order) {
+                       ffi::Result<ffi::AnyBuffer> sorted_ids, ffi::Result<ffi::AnyBuffer> order,
+                       ffi::Result<ffi::AnyBuffer> scattered) {
   SortSizes sizes;
-  const std::string message =
-      CheckSortIds({Describe(ids)}, {Describe(*sorted_ids), Describe(*order)}, {}, &sizes);
+  const std::string message = CheckSortIds(
+      {Describe(ids)}, {Describe(*sorted_ids), Describe(*order), Describe(*scattered)}, {}, &sizes);
   if (!message.empty()) return Invalid(message);
   SortParams params{};
   params.ids = Data<int32_t>(ids);
   params.sorted_ids = Data<int32_t>(*sorted_ids);
   params.order = Data<int32_t>(*order);
+  params.scattered = Data<int32_t>(*scattered);
   params.batch = sizes.batch;
   params.length = static_cast<int>(sizes.length);
   return FromCuda("sort_ids", LaunchSortIds(params, stream));
@@ -524,7 +549,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageSortIds, jax_sage::SortIdsImpl,
                                   .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
                                   .Arg<xla::ffi::AnyBuffer>()   // ids [B, S]
                                   .Ret<xla::ffi::AnyBuffer>()   // sorted
-                                  .Ret<xla::ffi::AnyBuffer>(),  // whose they are
+                                  .Ret<xla::ffi::AnyBuffer>()   // whose they are
+                                  .Ret<xla::ffi::AnyBuffer>(),  // scattered
                               {xla::ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageQuantize, jax_sage::QuantizeImpl,

@@ -149,11 +149,9 @@ def _masked(
     seen = mask_operands.seen_keys(view, masks, operands.arrays[0], batch, kv_heads)
     if masks.query_segment_ids is not None:
         # Means and scales of V are those of each segment, and so are the counts of its keys.
-        quantized = codes(
-            seen=(seen,),
-            segments=mask_operands.sorted_segments(masks, batch, view.padded_q, length_kv),
-        )
-        return run(query, (*quantized, *operands.arrays), **attributes)
+        *segments, scattered = mask_operands.sorted_segments(masks, batch, view.padded_q, length_kv)
+        quantized = codes(seen=(seen,), segments=(*segments, operands.arrays[0]))
+        return run(query, (*quantized, *operands.arrays, scattered), **attributes)
     count = jnp.maximum(seen.sum(-1, dtype=jnp.float32), np.float32(1))
     per_key = jnp.broadcast_to(np.float32(1) / count, (math.prod(batch), kv_heads))
     attributes["counted"] = np.int64(1)
@@ -195,9 +193,10 @@ def quantize(
 
     ``seen``: whether a key counts, uint8 [B, K, S] or with ones, and without segments 1 / how many
     do, float32 [B, K]. ``skip_unseen``: parts of keys that nobody sees get no codes; otherwise
-    zeros. ``segments``: see mask_operands.sorted_segments. A segment's slot is the place of its
-    first key among the sorted ones; tables by slot are as long as the keys: 18 bytes for each of
-    their channels (a power of two), 8 of them until the attention is done.
+    zeros. ``segments``: ids of the queries, of the keys in order, whose they are, and the rows of
+    the mask operands. A segment's slot is the place of its first key in that order; tables by slot
+    are as long as the keys: 18 bytes for each of their channels (a power of two), 8 of them until
+    the attention is done.
     """
     batch = math.prod(query.shape[:-3])
     length_q, heads, head_dim = query.shape[-3:]
@@ -231,6 +230,9 @@ def quantize(
             array(jnp.float32, *by_slot, 2, hc),
             first_bad,
             array(jnp.int32, batch, tp),  # query_slots; -1: no key has the id
+            # What queries see where the keys of a segment lie one behind the other.
+            array(jnp.int32, batch, tp, 2),  # rows
+            array(jnp.int32, batch, tp // mask_operands.GROUP, 4),  # groups
         )
         scratch = (
             # Of segments that lie in several parts: two pieces in each part.

@@ -101,9 +101,10 @@ def seen_keys(
 def sorted_segments(
     masks: Masks, batch: Sequence[int], padded_q: int, length_kv: int
 ) -> tuple[jax.Array, ...]:
-    """For quantization: ids of the queries, [B, Tp]; of the keys, sorted, [B, S]; whose they are.
+    """Ids of the queries, [B, Tp]; of the keys, sorted, [B, S]; whose they are; and scattered, [B].
 
-    Equal ids are in the order of the keys, and so are the sums of a segment.
+    Equal ids are in the order of the keys, and so are the sums of a segment. ``scattered``: 1 where
+    the keys of some segment do not lie one behind the other.
     """
     key_ids = masks.key_segment_ids()
     assert masks.query_segment_ids is not None and key_ids is not None
@@ -112,13 +113,16 @@ def sorted_segments(
     return _pad_by_last(flat_batch(masks.query_segment_ids, batch), padded_q), *sort_by_kernel(ids)
 
 
-def sort_by_kernel(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """masking.sort_ids of [B, S], by a kernel where they are not too many."""
+def sort_by_kernel(ids: jax.Array) -> Sequence[jax.Array]:
+    """masking.sort_ids of [B, S], by a kernel where they are not too many; and scattered."""
     if ids.shape[1] > MOST_SORTED:
-        return sort_ids(ids)
+        sorted_ids, order = sort_ids(ids)
+        is_alike = sorted_ids[:, 1:] == sorted_ids[:, :-1]
+        is_apart = order[:, 1:] != order[:, :-1] + np.int32(1)
+        return sorted_ids, order, (is_alike & is_apart).any(-1).astype(jnp.int32)
     result = jax.ShapeDtypeStruct(ids.shape, jnp.int32)
-    sorted_ids, order = jax.ffi.ffi_call("jax_sage_sort_ids", (result, result))(ids)
-    return sorted_ids, order
+    of_entry = jax.ShapeDtypeStruct(ids.shape[:1], jnp.int32)
+    return jax.ffi.ffi_call("jax_sage_sort_ids", (result, result, of_entry))(ids)
 
 
 def round_up(x: int, multiple: int) -> int:

@@ -19,6 +19,7 @@ from gpu_support import (
 from suite import NAMED
 
 from jax_sage import lowering_cuda, mask_operands, portable, quantization
+from jax_sage.mask_operands import MOST_SORTED
 from jax_sage.masking import Band, Masks, Segments, View
 from jax_sage.recipe import BLOCK_KV, RECIPES
 
@@ -313,7 +314,8 @@ def test_intervals_are_those_of_the_view(seed):
     )
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 1000, 1025, 8192, mask_operands.MOST_SORTED])
+# The last are sorted by XLA.
+@pytest.mark.parametrize("length", [1, 2, 3, 1000, 1025, MOST_SORTED, MOST_SORTED + 1])
 def test_ids_are_sorted(length):
     """Of equal ids the first token comes first; what is in order stays."""
     rng = np.random.default_rng(length)
@@ -328,18 +330,24 @@ def test_ids_are_sorted(length):
             np.where(np.arange(length) == length - 1, -3, 2),
         ]
     ).astype(np.int32)
-    sorted_ids, order = jax.jit(mask_operands.sort_by_kernel)(ids)
+    sorted_ids, order, scattered = jax.jit(mask_operands.sort_by_kernel)(ids)
     expected = np.argsort(ids, axis=-1, kind="stable")
     np.testing.assert_array_equal(order, expected)
     np.testing.assert_array_equal(sorted_ids, np.take_along_axis(ids, expected, -1))
+    together = [(np.diff(np.flatnonzero(x == i)) == 1).all() for x in ids for i in np.unique(x)]
+    counts = [len(np.unique(x)) for x in ids]
+    by_entry = np.split(np.array(together), np.cumsum(counts)[:-1])
+    np.testing.assert_array_equal(scattered, [not x.all() for x in by_entry])
 
 
 def segments_by_kernels(q, k, v, recipe, query_ids, key_ids, seen):
-    """The nine results of the quantization with segments, [B, ...]."""
+    """The eleven results of the quantization with segments, [B, ...]; queries see all keys."""
 
     def run(q, k, v, query_ids, key_ids, seen):
         masks = Masks(query_segment_ids=query_ids, key_value_segment_ids=key_ids)
-        padded_q = -(-q.shape[-3] // lowering_cuda.BLOCK_Q) * lowering_cuda.BLOCK_Q
+        padded_q = mask_operands.round_up(q.shape[-3], lowering_cuda.BLOCK_Q)
+        rows = jnp.broadcast_to(np.array([0, k.shape[-3]], np.int32), (1, padded_q, 2))
+        *segments, _ = mask_operands.sorted_segments(masks, q.shape[:-3], padded_q, k.shape[-3])
         return lowering_cuda.quantize(
             q,
             k,
@@ -347,7 +355,7 @@ def segments_by_kernels(q, k, v, recipe, query_ids, key_ids, seen):
             scale_log2=scale_log2(q),
             recipe=recipe,
             seen=(seen.astype(jnp.uint8),),
-            segments=mask_operands.sorted_segments(masks, q.shape[:-3], padded_q, k.shape[-3]),
+            segments=(*segments, rows),
         )
 
     return [np.asarray(x) for x in jax.jit(run)(q, k, v, query_ids, key_ids, seen)]
@@ -367,6 +375,7 @@ def assert_segments_are_as_in_portable(raw, q, k, v, recipe, query_ids, key_ids,
 
     expected, segments = on_cpu(jax.jit(portable_codes), q, k, v, query_ids, key_ids, seen)
     expected = {name: np.asarray(x) for name, x in expected._asdict().items()}
+    *raw, segment_rows, segment_groups = raw
     q_codes, q_scale, q_dot_mean, k_codes, k_scale, v_codes, channels, first_bad, slots = raw
     v_codes = v_codes.astype(np.float32)
     if recipe.pv == "fp8":
@@ -384,6 +393,30 @@ def assert_segments_are_as_in_portable(raw, q, k, v, recipe, query_ids, key_ids,
     firsts = (key_ids[:, None] < query_ids[:, :, None]).sum(-1)
     has_keys = (key_ids[:, None] == query_ids[:, :, None]).any(-1)
     np.testing.assert_array_equal(slots[:, :length_q], np.where(has_keys, firsts, -1))
+    # The keys of a query's segment, where these lie one behind the other.
+    of_segment = key_ids[:, None] == query_ids[:, :, None]
+    begin, count = of_segment.argmax(-1), of_segment.sum(-1)
+    end = np.where(has_keys, begin + count, 0)
+    begin = np.where(has_keys, begin, length_kv)
+    position = np.arange(length_kv)
+    inside = (position >= begin[..., None]) & (position < end[..., None])
+    together = (of_segment == inside).all(-1)
+    rows = segment_rows[:, :length_q]
+    np.testing.assert_array_equal(rows[together], np.stack([begin, end], -1)[together])
+    assert (rows >= 0).all() and (rows <= length_kv).all()  # of the others something in range
+    # Padding sees nothing or anything, and keeps nobody from seeing all.
+    real = (np.arange(segment_rows.shape[1]) < length_q)[:, None]
+    latest, earliest = np.where(real, segment_rows, [0, length_kv]).T
+    reduced = [
+        f(x.T.reshape(batch, -1, mask_operands.GROUP), -1)
+        for f, x in [
+            (np.min, segment_rows[..., 0].T),
+            (np.max, segment_rows[..., 1].T),
+            (np.max, latest),
+            (np.min, earliest),
+        ]
+    ]
+    np.testing.assert_array_equal(segment_groups, np.stack(reduced, -1))
     largest = np.abs(v[np.isfinite(v)]).max()
     for b in range(batch):
         _, where = np.unique(key_ids[b], return_index=True)

@@ -332,7 +332,8 @@ def test_segments_are_quantized_by_the_kernels(recipe):
     operands, results = signature(calls["jax_sage_quantize"])
     assert operands[:3] == [((3, 300, 8, 80), "bf16")] + 2 * [((3, 1100, 2, 80), "bf16")]
     assert operands[3] == ((3, 1, 1100), "ui8")
-    assert operands[4:] == [((3, 384), "i32")] + 2 * [((3, 1100), "i32")]
+    rows = ((1, 384, 2), "i32")
+    assert operands[4:] == [((3, 384), "i32")] + 2 * [((3, 1100), "i32")] + [rows]
     quantized = [
         ((3, 8, 384, 128), "i8"),
         ((3, 8, 384), "f32"),
@@ -343,10 +344,15 @@ def test_segments_are_quantized_by_the_kernels(recipe):
         ((3, 2, 1100, 2, 128), "f32"),
         ((3, 2, 2, 128), "i32"),
         ((3, 384), "i32"),
+        ((3, 384, 2), "i32"),
+        ((3, 6, 4), "i32"),
     ]
-    assert results[:9] == quantized
-    assert signature(calls["jax_sage_attention"])[0][:9] == quantized
-    assert signature(calls["jax_sage_sort_ids"]) == ([((3, 1100), "i32")], 2 * [((3, 1100), "i32")])
+    assert results[:11] == quantized
+    operands = signature(calls["jax_sage_attention"])[0]
+    assert operands[:11] == quantized
+    ids, scattered = ((3, 1100), "i32"), ((3,), "i32")
+    assert signature(calls["jax_sage_sort_ids"]) == ([ids], [ids, ids, scattered])
+    assert operands[-1] == scattered
     # Nothing of the size of out is computed elsewhere.
     assert tensor_types(text).count(((3, 300, 8, 80), "f32")) == 0
 
@@ -485,7 +491,7 @@ def right_call(which, recipe="8+8", query=(2, 300, 4, 80), key=(2, 1100, 2, 80))
         )
     if which == "sort_ids":
         ids = ("S32", [batch, tokens])
-        return [ids], [ids, ids], {}
+        return [ids], [ids, ids, ("S32", [batch])], {}
     if which == "seen_keys":
         rows = ("S32", [batch, groups * 64, 2])
         array = [batch, heads, query[-3], tokens]
@@ -512,6 +518,7 @@ def right_call(which, recipe="8+8", query=(2, 300, 4, 80), key=(2, 1100, 2, 80))
                 ("S32", [batch, groups * 64]),
                 ("S32", [batch, tokens]),
                 ("S32", [batch, tokens]),
+                ("S32", [batch, groups * 64, 2]),
             ]
             scratch = [
                 ("F32", [batch, kv_heads, 2, 3, 6, channels]),
@@ -557,6 +564,7 @@ def right_call(which, recipe="8+8", query=(2, 300, 4, 80), key=(2, 1100, 2, 80))
             ("U8", [batch, heads, groups, tiles]),
             *(ids if segments else []),
             ("F16", [batch, heads, query[-3], tiles * 128]),
+            *([("S32", [batch])] if segments else []),
         ]
     return quantized, [describe(q), ("F32", list(query[:-1]))], attrs
 
@@ -565,11 +573,13 @@ def by_slot(quantized, tokens):
     """With segments the channels are another buffer, and there are slots in place of sums."""
     batch, kv_heads, _, table = quantized[6][1]
     channels = ("F32", [batch, kv_heads, tokens, 2, table])
-    slots = ("S32", [batch, quantized[0][1][2]])
-    return [*quantized[:6], channels, quantized[7], slots]
+    queries = quantized[0][1][2]
+    slots = ("S32", [batch, queries])
+    rows, groups = ("S32", [batch, queries, 2]), ("S32", [batch, queries // 64, 4])
+    return [*quantized[:6], channels, quantized[7], slots, rows, groups]
 
 
-BY_SLOT = [*QUANTIZED[:8], "query_slots"]
+BY_SLOT = [*QUANTIZED[:8], "query_slots", "segment_rows", "segment_groups"]
 SCRATCH_BY_SLOT = ["partials", "piece_counts", "key_slots", "slot_means", "slot_factors",
                    "value_code_sum", "slot_ends", "piece_arrivals", "arrivals"]  # fmt: skip
 MASKS = ["rows", "groups", "key", "value", "words", "views"]
@@ -581,19 +591,19 @@ NAMES = {
         [*QUANTIZED, "partials", "arrivals"],
     ),
     "quantize of segments": (
-        ["query", "key", "value", "seen", "query_ids", "sorted_ids", "order"],
+        ["query", "key", "value", "seen", "query_ids", "sorted_ids", "order", "rows"],
         [*BY_SLOT, *SCRATCH_BY_SLOT],
     ),
     "attention": (QUANTIZED, ["out", "lse"]),
     "attention with masks": ([*QUANTIZED, "per_counted_key", *MASKS, "bias"], ["out", "lse"]),
-    "attention with segments": ([*BY_SLOT, *MASKS, *IDS, "bias"], ["out", "lse"]),
+    "attention with segments": ([*BY_SLOT, *MASKS, *IDS, "bias", "scattered"], ["out", "lse"]),
     "pack_mask": (["mask"], ["words", "views"]),
     "seen_keys": (["rows", "mask", "bias"], ["seen"]),
     "intervals": (
         ["query_lengths", "key_lengths"],
         ["rows", "groups", "seen", "per_counted_key"],
     ),
-    "sort_ids": (["ids"], ["sorted_ids", "order"]),
+    "sort_ids": (["ids"], ["sorted_ids", "order", "scattered"]),
 }
 OF_NO_RECIPE = ("pack_mask", "seen_keys", "intervals", "sort_ids")
 CALLS = [(which, recipe) for which in NAMES if which not in OF_NO_RECIPE for recipe in RECIPES]
@@ -810,7 +820,7 @@ def test_mask_and_bias_of_other_numbers_of_heads_are_reported():
 @needs_module
 def test_ids_may_be_alike_for_all_batch_entries():
     args, results, attrs = right_call("quantize of segments")
-    for i in range(3, 7):
+    for i in range(3, 8):
         args[i] = (args[i][0], [1, *args[i][1][1:]])
         # The sorted ids and whose they are belong together.
         assert (complaint("quantize", args, results, attrs) is None) == (i != 5)

@@ -12,7 +12,8 @@ namespace jax_sage {
 
 // Without a mask or segments queries may still see intervals only: on Hopper any, elsewhere those
 // of a causal mask, and there is no kPlainBiased.
-enum class Masking { kPlain, kPlainBiased, kMasked, kMaskedBiased };
+// With segments whose keys lie one behind the other, too: kPlainSegments.
+enum class Masking { kPlain, kPlainBiased, kPlainSegments, kMasked, kMaskedBiased };
 
 // What queries see of a tile: nothing, or what these bits leave to be looked at key by key.
 enum TileView : unsigned {

@@ -59,13 +59,17 @@ constexpr int kPartialRows = 6;
 // channels are null; value_code_sum is [B, K, S, Hc], and partials
 // [B, K, kPieces, parts, kPartialRows, Hc].
 struct SegmentedParams : QuantizeParams {
-  const int32_t* query_ids;                // [B or 1, Tp]
-  const int32_t* sorted_ids;               // [B or 1, S], of the keys
-  const int32_t* order;                    // the same: whose they are
-  int64_t query_id_stride, key_id_stride;  // of batch entries
+  const int32_t* query_ids;                            // [B or 1, Tp]
+  const int32_t* sorted_ids;                           // [B or 1, S], of the keys
+  const int32_t* order;                                // the same: whose they are
+  const int2* rows;                                    // [B or 1, Tp], as in MaskParams
+  int64_t query_id_stride, key_id_stride, row_stride;  // of batch entries
 
-  int32_t* query_slots;       // [B, Tp]; -1: no key has the id
-  float* slot_channels;       // [B, K, S, kSlotRows, Hc]
+  int32_t* query_slots;  // [B, Tp]; -1: no key has the id
+  float* slot_channels;  // [B, K, S, kSlotRows, Hc]
+  // As in MaskParams, where keys of a segment lie one behind the other: what queries see of theirs.
+  int2* segment_rows;         // [B, Tp]
+  int4* segment_groups;       // [B, Tp / kMaskRows]
   int32_t* key_slots;         // scratch [B, S]
   __nv_bfloat16* slot_means;  // scratch [B, K, S, Hc], of K
   float2* slot_factors;       // scratch [B, K, S]: size of K, 1 / the keys that count

@@ -64,10 +64,56 @@ __device__ __forceinline__ const int32_t* SortedIds(const SegmentedParams& param
 
 constexpr int kSlotThreads = 256;
 
-// The slots, and what the other launches expect to be initialized.
-__global__ void __launch_bounds__(kSlotThreads) FindSlots(const SegmentedParams params) {
+// Of 256 queries: their slots, and what they see where the keys of a segment lie one behind the
+// other.
+__device__ __forceinline__ void FindQuerySlots(const SegmentedParams& params, int64_t block) {
+  const int64_t blocks = (params.padded_q + kSlotThreads - 1) / kSlotThreads;
+  const int64_t batch = block / blocks;
+  const int query = static_cast<int>(block % blocks) * kSlotThreads + threadIdx.x;
+  const int32_t* ids = params.sorted_ids + batch * params.key_id_stride;
+  const int32_t* order = params.order + batch * params.key_id_stride;
+
+  // Least first, greatest end, greatest first, least end.
+  __shared__ int4 groups[kSlotThreads / kMaskRows];
+  int4& group = groups[threadIdx.x / kMaskRows];
+  if (threadIdx.x % kMaskRows == 0) group = make_int4(INT32_MAX, 0, 0, INT32_MAX);
+  __syncthreads();
+  if (query < params.padded_q) {
+    const int slot = FindPlace(ids, params.length_kv,
+                               __ldg(params.query_ids + batch * params.query_id_stride + query));
+    params.query_slots[batch * params.padded_q + query] = slot;
+    int2 interval = make_int2(params.length_kv, 0);  // nothing
+    if (slot >= 0) {
+      const int first = __ldg(order + slot);
+      const int keys = EndOfRun(ids, slot, params.length_kv) - slot;
+      const int2 row = __ldg(params.rows + batch * params.row_stride + query);
+      const int begin = max(first, row.x);
+      const int end = min(min(first + keys, params.length_kv), row.y);
+      if (begin < end) interval = make_int2(begin, end);
+    }
+    params.segment_rows[batch * params.padded_q + query] = interval;
+    atomicMin(&group.x, interval.x);
+    atomicMax(&group.y, interval.y);
+    // Queries that are padding do not keep others from seeing all of a tile.
+    const bool is_padding = query >= params.length_q;
+    atomicMax(&group.z, is_padding ? 0 : interval.x);
+    atomicMin(&group.w, is_padding ? params.length_kv : interval.y);
+  }
+  __syncthreads();
+  if (query < params.padded_q && threadIdx.x % kMaskRows == 0) {
+    params.segment_groups[(batch * params.padded_q + query) / kMaskRows] = group;
+  }
+}
+
+// The slots, and what the other launches expect to be initialized: blocks of queries, then others.
+__global__ void __launch_bounds__(kSlotThreads)
+    FindSlots(const SegmentedParams params, int64_t query_blocks) {
   LetNextStart();
-  int64_t i = blockIdx.x * int64_t{kSlotThreads} + threadIdx.x;
+  if (blockIdx.x < query_blocks) {
+    FindQuerySlots(params, blockIdx.x);
+    return;
+  }
+  int64_t i = (blockIdx.x - query_blocks) * kSlotThreads + threadIdx.x;
   const int64_t keys = params.batch * params.length_kv;
   if (i < keys) {
     const int64_t batch = i / params.length_kv;
@@ -83,14 +129,6 @@ __global__ void __launch_bounds__(kSlotThreads) FindSlots(const SegmentedParams 
     return;
   }
   i -= keys;
-  if (i < params.batch * params.padded_q) {
-    const int64_t batch = i / params.padded_q;
-    const int id = __ldg(params.query_ids + batch * params.query_id_stride + i % params.padded_q);
-    params.query_slots[i] =
-        FindPlace(params.sorted_ids + batch * params.key_id_stride, params.length_kv, id);
-    return;
-  }
-  i -= params.batch * params.padded_q;
   const int64_t units = 2 * params.batch * params.kv_heads;
   if (i < units) params.arrivals[i] = 0;
   if (i < units * params.parts) params.piece_arrivals[i] = 0;
@@ -481,16 +519,17 @@ cudaError_t LaunchSegments(const SegmentedParams& params, cudaStream_t stream) {
   const int64_t items = units * params.parts;
   const int64_t query_items =
       params.batch * params.heads * ceil_div(params.padded_q, kQueriesOfItem<In, kHeadDim>);
-  const int64_t tokens = params.batch * (static_cast<int64_t>(params.length_kv) + params.padded_q);
+  const int64_t query_blocks = params.batch * ceil_div(params.padded_q, kSlotThreads);
+  const int64_t keys = params.batch * params.length_kv;
   const int64_t initialized = units * std::max(kHeadDim, params.parts);
-  const int64_t slot_blocks = ceil_div(tokens + initialized, kSlotThreads);
+  const int64_t slot_blocks = query_blocks + ceil_div(keys + initialized, kSlotThreads);
   const int64_t channel_blocks = units / 2 * ceil_div(params.length_kv, kThreads<kHeadDim>);
   if (std::max({2 * items + query_items, slot_blocks, channel_blocks}) > INT32_MAX) {
     return cudaErrorInvalidConfiguration;
   }
   const Plan plan = PlanOf<In>(params, kTokens, sms);
   const auto blocks = [](int64_t count) { return static_cast<unsigned>(count); };
-  FindSlots<<<blocks(slot_blocks), kSlotThreads, 0, stream>>>(params);
+  FindSlots<<<blocks(slot_blocks), kSlotThreads, 0, stream>>>(params, query_blocks);
   error = LaunchOverlapping(kernel, blocks(2 * items + query_items), kThreads<kHeadDim>,
                             kSharedBytes, stream, params, plan);
   if (error != cudaSuccess) return error;

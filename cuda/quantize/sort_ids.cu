@@ -99,6 +99,13 @@ __global__ void __launch_bounds__(kThreads) SortIds(const SortParams params) {
     }
   }
 
+  bool is_scattered = false;
+  for (int i = threadIdx.x + 1; i < count; i += kThreads) {
+    is_scattered = is_scattered || runs.id[i - 1] == runs.id[i];
+  }
+  is_scattered = __syncthreads_or(is_scattered);
+  if (threadIdx.x == 0) params.scattered[blockIdx.x] = is_scattered;
+
   // Where each run's tokens begin in the order.
   const int of_thread = (count + kThreads - 1) / kThreads;
   const int first_run = threadIdx.x * of_thread, end_run = min(first_run + of_thread, count);

@@ -14,6 +14,7 @@ struct SortParams {
   const int32_t* ids;   // [B, S]
   int32_t* sorted_ids;  // [B, S]
   int32_t* order;       // [B, S]: whose they are; of equal ids in the order of the tokens
+  int32_t* scattered;   // [B]: whether the tokens of some id do not lie one behind the other
   int64_t batch;
   int length;
 };

@@ -315,13 +315,13 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
       const int first_row =
           table.first_query + warpgroup * kRows + 16 * __shfl_sync(0xffffffffu, warp, 0);
       const RowEnds ends =
-          EndsOf<T::kMasked>(params, table, first_row + lane / 4, lane, scores.max, row_sum);
+          EndsOf<T::kBySlot>(params, table, first_row + lane / 4, lane, scores.max, row_sum);
       // By turns, where all channels at once would be too many registers.
       const auto finish = [&](auto first) {
         constexpr int kFirst = decltype(first)::value;
         float o[T::kTurn / 8][4];
         sums.template Finish<kFirst>(o, my_tiles);
-        FinishChannels<T::kMasked, kFirst>(params, table, ends, lane, o);
+        FinishChannels<T::kBySlot, kFirst>(params, table, ends, lane, o);
         WithOutputType(params.out_type, [&](auto type) {
           // Sums that are still to be finished are there too, of other channels.
           constexpr int kOffset = Pv::kSumsRows ? kFirst * kRowsOfWarp * 4 : 0;
@@ -331,7 +331,7 @@ __device__ __forceinline__ void Consume(const AttentionParams& params, const Ten
         });
       };
       if (T::kWithLse && params.with_lse) {
-        StoreLse<T::kMasked>(params, table, ends, first_row + lane / 4, lane, scores.max,
+        StoreLse<T::kBySlot>(params, table, ends, first_row + lane / 4, lane, scores.max,
                              scores.sum);
       }
       finish(std::integral_constant<int, 0>());
@@ -366,6 +366,13 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   __syncthreads();
   LetNextStart();
   WaitForPrevious();
+  if (T::kBySlot && params.scattered != nullptr) {
+    bool some = false;
+    for (int64_t batch = threadIdx.x; batch < params.batch; batch += T::kThreads) {
+      some = some || Work<T>::IsOurs(params, batch);
+    }
+    if (!__syncthreads_or(some)) return;
+  }
 
   if (threadIdx.x < 128) {
     ptx::RegistersDown<T::kProducerRegisters>();

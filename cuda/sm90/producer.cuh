@@ -217,7 +217,7 @@ __device__ __forceinline__ void ProduceTable(const AttentionParams& params, Work
                                              Barriers<T> barriers) {
   for (unsigned turn = 0; work.Any(turn); ++turn) {
     ptx::BarrierWait(barriers.TableEmpty(), ~turn & 1);
-    PrepareOutput<T::kMasked>(table, params, work.Find(params, turn), thread, 64);
+    PrepareOutput<T::kBySlot>(table, params, work.Find(params, turn), thread, 64);
     ptx::BarrierArrive(barriers.TableFull());
   }
 }

@@ -27,6 +27,8 @@ struct Traits {
   // By a mask or segments. Otherwise queries see intervals of keys, and nothing is planned.
   static constexpr bool kMasked =
       kMasking == Masking::kMasked || kMasking == Masking::kMaskedBiased;
+  // By the slots of segments: what ends an item.
+  static constexpr bool kBySlot = kMasked || kMasking == Masking::kPlainSegments;
   static constexpr bool kBiased =
       kMasking == Masking::kPlainBiased || kMasking == Masking::kMaskedBiased;
   static constexpr int kHeadDim = Pv::kHeadDim;
@@ -60,7 +62,7 @@ struct Traits {
   // QK^T of the next tile is issued behind PV of this one. Where it was tried it pays here alone;
   // see DESIGN.md.
   static constexpr bool kQkAhead =
-      !Pv::kSumsRows && kBlocks == 1 && kMasking == Masking::kPlain && kConsumers > 2;
+      !Pv::kSumsRows && kBlocks == 1 && !kMasked && !kBiased && kConsumers > 2;
   // Sums are promoted while QK^T of their tile runs. Elsewhere that is 1 % slower.
   static constexpr bool kPromotesBeneathQk = Pv::kSumsRows && !kMasked && kConsumers > 2;
   // Q of 256 channels does not fit beside their FP32 output, that of 192 would take a stage; two
@@ -188,7 +190,15 @@ struct Work {
   }
   __device__ bool Any(unsigned turn) const { return Index(turn) < cut.items; }
   __device__ Item Find(const AttentionParams& params, unsigned turn) const {
-    return FindItem<T::kConsumers>(params, cut, Index(turn));
+    Item item = FindItem<T::kConsumers>(params, cut, Index(turn));
+    if (T::kBySlot && !IsOurs(params, item.head / params.heads)) item.groups = 0;
+    return item;
+  }
+  // A kernel with plans works on the batch entries whose segments are scattered, one by intervals
+  // on the others.
+  __device__ static bool IsOurs(const AttentionParams& params, int64_t batch) {
+    if (params.scattered == nullptr) return true;
+    return (__ldg(params.scattered + batch * params.scattered_stride) != 0) == T::kMasked;
   }
 };
 

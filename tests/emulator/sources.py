@@ -81,7 +81,7 @@ def poison_results(source: str) -> str:
             "  IntervalParams params{};\n",
             ["(*rows)", "(*groups)", "(*seen)", "(*per_counted_key)"],
         ),
-        ("  SortParams params{};\n", ["(*sorted_ids)", "(*order)"]),
+        ("  SortParams params{};\n", ["(*sorted_ids)", "(*order)", "(*scattered)"]),
     ):
         assert source.count(place) == 1, place
         poison = "".join(
