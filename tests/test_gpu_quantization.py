@@ -516,6 +516,27 @@ def test_segments_with_keys_that_are_constant_and_large():
     assert_segments_are_as_in_portable(raw, q, k, v, RECIPES["8+8"], *ids, seen)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 192])
+@pytest.mark.parametrize("recipe", NAMED)
+def test_what_other_entries_ids_are_does_not_show(recipe, head_dim):
+    """On Hopper those with scattered keys are another kernel's."""
+    skip_without_kernel(head_dim)
+    q, k, v = inputs("normal", (3, 400, 4, head_dim), (3, 500, 2, head_dim), "bfloat16")
+    together, scattered = np.arange(500) // 90, np.arange(500) % 3
+    key_ids = np.stack([together, scattered, together[::-1]]).astype(np.int32)
+    query_ids = key_ids[:, 40:440]
+    params = {"scale_log2": scale_log2(q), "band": Band(), "recipe": RECIPES[recipe]}
+    run = jitted(lowering_cuda.attention, **params, with_lse=True)
+    masks = Masks(query_segment_ids=query_ids, key_value_segment_ids=key_ids)
+    out, lse = (np.asarray(x) for x in run(q, k, v, masks))
+    for i in range(3):
+        own = slice(i, i + 1)
+        masks = Masks(query_segment_ids=query_ids[own], key_value_segment_ids=key_ids[own])
+        alone, lse_alone = run(q[own], k[own], v[own], masks)
+        np.testing.assert_array_equal(np.asarray(alone), out[own])
+        np.testing.assert_array_equal(np.asarray(lse_alone), lse[own])
+
+
 @pytest.mark.parametrize("name", SEGMENTS)
 @pytest.mark.parametrize("recipe", NAMED)
 def test_segments_in_the_outputs(recipe, name, mma_sync):

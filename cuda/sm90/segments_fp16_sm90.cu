@@ -3,9 +3,10 @@
 
 namespace jax_sage::sm90 {
 
+// Of 64 channels four warpgroups have too few registers for rows of several segments.
 template <int kHeadDim>
 static cudaError_t LaunchFor(const AttentionParams& params, cudaStream_t stream) {
-  return Launch<Traits<PvFp16<kHeadDim>, true, Masking::kPlainSegments>>(params, stream);
+  return Launch<Traits<PvFp16<kHeadDim>, true, Masking::kPlainSegments, 3>>(params, stream);
 }
 
 cudaError_t LaunchSegmentsFp16(const AttentionParams& params, cudaStream_t stream) {
