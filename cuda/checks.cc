@@ -169,10 +169,9 @@ std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buf
   Checker check("quantize");
   const bool some_seen = check.Flag(attrs, "some_seen");
   const bool segments = check.Flag(attrs, "segments");
-  check.Require(some_seen || !segments, "attribute segments needs some_seen");
   check.Require(!check.Flag(attrs, "skip_unseen") || (some_seen && !segments),
                 "attribute skip_unseen needs some_seen and is not for segments");
-  check.Count("arguments", args.size(), segments ? 8 : some_seen ? 5 : 3);
+  check.Count("arguments", args.size(), 3 + some_seen + (segments ? 4 : some_seen));
   check.Count("results", results.size(), segments ? 20 : 11);
   if (!check.Ok()) return check.message();
 
@@ -196,10 +195,11 @@ std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buf
 
   Pad(s);
   if (segments) {
-    check.IsOrOne("query_ids", args[4], "S32", {s.batch, s.padded_q}, 1);
-    check.IsOrOne("sorted_ids", args[5], "S32", {s.batch, s.length_kv}, 1);
-    check.Is("order", args[6], "S32", args[5].dims);
-    check.IsOrOne("rows", args[7], "S32", {s.batch, s.padded_q, 2}, 1);
+    const size_t next = 3 + some_seen;
+    check.IsOrOne("query_ids", args[next], "S32", {s.batch, s.padded_q}, 1);
+    check.IsOrOne("sorted_ids", args[next + 1], "S32", {s.batch, s.length_kv}, 1);
+    check.Is("order", args[next + 2], "S32", args[next + 1].dims);
+    check.IsOrOne("rows", args[next + 3], "S32", {s.batch, s.padded_q, 2}, 1);
   } else if (some_seen) {
     check.Is("per_counted_key", args[4], "F32", {s.batch, s.kv_heads});
   }

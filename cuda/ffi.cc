@@ -178,13 +178,14 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remai
   params.v = out[5].untyped_data();
   params.first_bad = Data<int32_t>(out[7]);
   if (segments != 0) {
-    params.query_ids = Data<int32_t>(in[4]);
-    params.query_id_stride = Stride(in[4], 0);
-    params.sorted_ids = Data<int32_t>(in[5]);
-    params.key_id_stride = Stride(in[5], 0);
-    params.order = Data<int32_t>(in[6]);
-    params.rows = Data<int2>(in[7]);
-    params.row_stride = Stride(in[7], 0) / 2;
+    const size_t next = some_seen != 0 ? 4 : 3;
+    params.query_ids = Data<int32_t>(in[next]);
+    params.query_id_stride = Stride(in[next], 0);
+    params.sorted_ids = Data<int32_t>(in[next + 1]);
+    params.key_id_stride = Stride(in[next + 1], 0);
+    params.order = Data<int32_t>(in[next + 2]);
+    params.rows = Data<int2>(in[next + 3]);
+    params.row_stride = Stride(in[next + 3], 0) / 2;
     params.slot_channels = Data<float>(out[6]);
     params.query_slots = Data<int32_t>(out[8]);
     params.segment_rows = Data<int2>(out[9]);

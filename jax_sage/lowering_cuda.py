@@ -146,12 +146,17 @@ def _masked(
         quantized = codes(seen=operands.seen, skip_unseen=True)
         attributes["counted"] = np.int64(1)
         return run(query, (*quantized, operands.seen[1], *operands.arrays), **attributes)
-    seen = mask_operands.seen_keys(view, masks, operands.arrays[0], batch, kv_heads)
+    seen = None
+    if not view.sees_all_keys():
+        seen = mask_operands.seen_keys(view, masks, operands.arrays[0], batch, kv_heads)
     if masks.query_segment_ids is not None:
         # Means and scales of V are those of each segment, and so are the counts of its keys.
         *segments, scattered = mask_operands.sorted_segments(masks, batch, view.padded_q, length_kv)
-        quantized = codes(seen=(seen,), segments=(*segments, operands.arrays[0]))
+        quantized = codes(
+            seen=() if seen is None else (seen,), segments=(*segments, operands.arrays[0])
+        )
         return run(query, (*quantized, *operands.arrays, scattered), **attributes)
+    assert seen is not None  # a mask or a bias: nothing is known
     count = jnp.maximum(seen.sum(-1, dtype=jnp.float32), np.float32(1))
     per_key = jnp.broadcast_to(np.float32(1) / count, (math.prod(batch), kv_heads))
     attributes["counted"] = np.int64(1)

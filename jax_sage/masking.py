@@ -186,6 +186,15 @@ class View:
             and self.band.reach(self.length_q, self.length_kv) == (0, self.length_kv)
         )
 
+    def sees_all_keys(self) -> bool:
+        """Whether each key is known to be seen by some query, without looking at any array."""
+        if self.mask is not None or self.bias is not None or self.has_lengths:
+            return False
+        if self.query_segments is None:
+            return self.sees_everything()
+        # By its own query at least, which no band keeps from it.
+        return self.own_segments
+
     def is_unlimited(self) -> bool:
         """Whether no query is kept from any key by its position."""
         return self.band == Band() and not self.has_lengths
@@ -211,7 +220,7 @@ class View:
             visible = visible.any((-3, -2))
             return jnp.broadcast_to(visible, (*visible.shape[:-1], self.length_kv))
         if self.mask is None and self.bias is None:
-            if self.own_segments and not self.has_lengths:  # each by its own query at least
+            if self.sees_all_keys():
                 return jnp.ones((*(1 for _ in self.kv_len.shape), self.length_kv), bool)
             return self._seen_in_segments()[..., None, :]
         zero = jnp.int32(0)

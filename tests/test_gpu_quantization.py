@@ -354,7 +354,7 @@ def segments_by_kernels(q, k, v, recipe, query_ids, key_ids, seen):
             v,
             scale_log2=scale_log2(q),
             recipe=recipe,
-            seen=(seen.astype(jnp.uint8),),
+            seen=() if seen is None else (seen.astype(jnp.uint8),),
             segments=(*segments, rows),
         )
 
@@ -475,6 +475,16 @@ def test_segments_are_bitwise_equal(recipe, name):
     ids = segments_case(name, (200, 1300))
     raw = segments_by_kernels(q, k, v, recipe, *ids, seen)
     assert_segments_are_as_in_portable(raw, q, k, v, recipe, *ids, seen)
+
+
+@pytest.mark.parametrize("name", ["sorted", "small"])
+def test_segments_of_which_all_keys_are_seen(name):
+    """Without an array that says so: the same."""
+    q, k, v = inputs("normal", (2, 200, 2, 128), (2, 900, 2, 128))
+    ids = segments_case(name, (200, 900))
+    raw = segments_by_kernels(q, k, v, RECIPES["8+8"], *ids, None)
+    seen = np.ones((1, 1, 900), bool)
+    assert_segments_are_as_in_portable(raw, q, k, v, RECIPES["8+8"], *ids, seen)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

@@ -305,6 +305,9 @@ def test_ids_that_queries_and_keys_share_are_sorted_once():
         text = lower((3, 300, 8, 80), query_segment_ids=ids, key_value_segment_ids=keys)
         assert text.count("@jax_sage_sort_ids") == 1
         assert operations(text).count("sort") == sorts
+        # Each key is seen by its own query: known without a look.
+        quantize = custom_calls(text)["jax_sage_quantize"]
+        assert attribute(quantize, "some_seen") == (str(sorts), "i64")
 
 
 @needs_module
@@ -824,7 +827,11 @@ def test_ids_may_be_alike_for_all_batch_entries():
         args[i] = (args[i][0], [1, *args[i][1][1:]])
         # The sorted ids and whose they are belong together.
         assert (complaint("quantize", args, results, attrs) is None) == (i != 5)
-    assert "needs some_seen" in complaint("quantize", args, results, attrs | {"some_seen": 0.0})
+    # Without the array that says which keys are seen, all are.
+    attrs["some_seen"] = 0.0
+    assert "8 arguments, expected 7" in complaint("quantize", args, results, attrs)
+    args, results, _ = right_call("quantize of segments")
+    assert complaint("quantize", [*args[:3], *args[4:]], results, attrs) is None
 
 
 @needs_module

@@ -286,15 +286,18 @@ __device__ __forceinline__ void MakePart(const SegmentedParams& params, const Pl
     const int last = (__ldg(slot_ends + slot) - 1) / plan.tokens_per_part;
     const int first = slot / plan.tokens_per_part;
     const bool together = __ldg(order + next - 1) - position == next - 1 - run;
-    int count = 0;
+    int count = next - run;
+    if (seen != nullptr) {
+      count = 0;
 #pragma unroll 1
-    for (int i = run; i < next; i += kThreads<kHeadDim>) {  // all have read `shared`
-      const int place = i + threadIdx.x;
-      count += __syncthreads_count(
-          place < next &&
-          (seen == nullptr ||
-           __ldg(seen + (together ? position + place - run : __ldg(order + place))) != 0));
+      for (int i = run; i < next; i += kThreads<kHeadDim>) {
+        const int place = i + threadIdx.x;
+        count += __syncthreads_count(
+            place < next &&
+            __ldg(seen + (together ? position + place - run : __ldg(order + place))) != 0);
+      }
     }
+    __syncthreads();  // all have read `shared`
     Statistics of_thread;
     if (together && count == next - run) {
       of_thread = StatisticsOf<kTensor>(tokens, stream, position, tokens.length, bad);
@@ -359,7 +362,10 @@ __device__ __forceinline__ void MakeCodes(const SegmentedParams& params, Ring<In
   Stream<kTensor, T> stream(tokens, ring, begin, end, true);
   using Seen = Tokens<In, kAccess, kHeadDim>;
   const int end_token = min(end, params.length_kv);
-  const int count = CountSeen(TokensOf<kTensor, Seen>(params, head), begin, end_token);
+  int count = end_token - begin;
+  if (params.seen != nullptr) {
+    count = CountSeen(TokensOf<kTensor, Seen>(params, head), begin, end_token);
+  }
   const Slots<kTensor, kHeadDim> slots(params, head);
   const int slot = slots.OfRange(begin, end_token);
   WaitForStatistics(params, head, kTensor);
@@ -546,7 +552,7 @@ cudaError_t LaunchSegmentsFor(const SegmentedParams& params, cudaStream_t stream
 
 template <class In>
 cudaError_t LaunchSegmentsFor(const SegmentedParams& params, cudaStream_t stream) {
-  // Whether keys are seen is always given.
+  // Without `seen` all keys are: kSomeSeen finds that out.
   return IsWide(params, sizeof(In)) ? LaunchSegmentsFor<In, kWide | kSomeSeen>(params, stream)
                                     : LaunchSegmentsFor<In, kSomeSeen>(params, stream);
 }
