@@ -266,7 +266,8 @@ void CheckMasks(Checker& check, const std::vector<Buffer>& args, const Buffer& o
     check.IsOrOne("key_ids", args[next + 1], "S32", {s.batch, tiles * kMaskKeys}, 1);
     check.IsOrOne("query_ranges", args[next + 2], "S32", {s.batch, groups, 2}, 1);
     check.IsOrOne("key_ranges", args[next + 3], "S32", {s.batch, tiles, 2}, 1);
-    check.IsOrOne("scattered", args.back(), "S32", {s.batch}, 1);
+    // Of as many entries as have ids of their own.
+    check.Is("scattered", args.back(), "S32", {args[next + 1].dims[0]});
     next += 4;
   }
   if (kinds.bias) {
@@ -294,6 +295,11 @@ std::string CheckAttention(const std::vector<Buffer>& args, const std::vector<Bu
   check.Require(kinds.masked || !(kinds.mask || kinds.segments || kinds.bias || kinds.counted),
                 "attributes mask, segments, bias and counted need masked");
   check.Require(!(kinds.segments && kinds.counted), "attribute counted is not for segments");
+  check.Require(kinds.segments || kinds.counted || !(kinds.mask || kinds.bias),
+                "attributes mask and bias need counted, unless there are segments");
+  const bool by_intervals = check.Flag(attrs, "by_intervals");
+  check.Require(!by_intervals || (kinds.segments && !kinds.mask && !kinds.bias),
+                "attribute by_intervals is for segments without a mask or a bias");
   check.Count("arguments", args.size(),
               9 + (kinds.masked ? 4 : 0) + (kinds.counted ? 1 : 0) + (kinds.mask ? 2 : 0) +
                   (kinds.segments ? 2 + 5 : 0) + (kinds.bias ? 1 : 0));

@@ -16,7 +16,7 @@ struct Buffer {
 };
 using Attrs = std::map<std::string, double>;
 
-// What a call of attention is given besides the nine buffers.
+// What a call of attention is given besides the quantized buffers.
 struct MaskKinds {
   bool masked = false, mask = false, segments = false, bias = false;
   bool counted = false;  // it is told of how many keys the means are, as some may not count

@@ -227,7 +227,7 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remai
 }
 
 // The buffers behind those that quantization made, in the order of CheckMasks.
-void ReadMasks(const std::vector<ffi::AnyBuffer>& in, const MaskKinds& kinds,
+void ReadMasks(const std::vector<ffi::AnyBuffer>& in, const MaskKinds& kinds, bool by_intervals,
                AttentionParams& params, MarkParams& mark) {
   size_t next = kinds.segments ? 11 : 9;
   if (kinds.counted) params.per_counted_key = Data<float>(in[next++]);
@@ -262,8 +262,7 @@ void ReadMasks(const std::vector<ffi::AnyBuffer>& in, const MaskKinds& kinds,
     masks.query_range_stride = Stride(in[next + 2], 0) / 2;
     masks.key_ranges = Data<const int2>(in[next + 3]);
     masks.key_range_stride = Stride(in[next + 3], 0) / 2;
-    // With a mask or a bias intervals are not all that there is.
-    if (!kinds.mask && !kinds.bias) {
+    if (by_intervals) {
       params.segment_rows = Data<const int2>(in[9]);
       params.segment_groups = Data<const int4>(in[10]);
       params.scattered = Data<const int32_t>(in.back());
@@ -325,7 +324,7 @@ ffi::Error AttentionImpl(cudaStream_t stream, ffi::RemainingArgs args,
                          ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse,
                          int64_t length_kv, int64_t is_causal, int64_t alike, int64_t with_lse,
                          int64_t pv_accumulator, int64_t mma_sync, int64_t masked, int64_t mask,
-                         int64_t segments, int64_t bias, int64_t counted) {
+                         int64_t segments, int64_t bias, int64_t counted, int64_t by_intervals) {
   std::vector<ffi::AnyBuffer> in;
   std::vector<Buffer> described;
   if (auto error = Collect(args, in, described); error.failure()) return error;
@@ -342,7 +341,8 @@ ffi::Error AttentionImpl(cudaStream_t stream, ffi::RemainingArgs args,
                       {"mask", static_cast<double>(mask)},
                       {"segments", static_cast<double>(segments)},
                       {"bias", static_cast<double>(bias)},
-                      {"counted", static_cast<double>(counted)}},
+                      {"counted", static_cast<double>(counted)},
+                      {"by_intervals", static_cast<double>(by_intervals)}},
                      &sizes);
   if (!message.empty()) return Invalid(message);
 
@@ -378,7 +378,7 @@ ffi::Error AttentionImpl(cudaStream_t stream, ffi::RemainingArgs args,
   params.with_lse = with_lse != 0;
   params.out_type = InputType(*out);
   MarkParams mark{};
-  if (masked != 0) ReadMasks(in, sizes.kinds, params, mark);
+  if (masked != 0) ReadMasks(in, sizes.kinds, by_intervals != 0, params, mark);
 #ifdef JAX_SAGE_NO_FP8_MMA
   if (sizes.fp8_value) {
     return Invalid(
@@ -586,5 +586,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageAttention, jax_sage::AttentionImpl,
                                   .Attr<int64_t>("mask")
                                   .Attr<int64_t>("segments")
                                   .Attr<int64_t>("bias")
-                                  .Attr<int64_t>("counted"),
+                                  .Attr<int64_t>("counted")
+                                  // Queries have the order of their segments' keys.
+                                  .Attr<int64_t>("by_intervals"),
                               {xla::ffi::Traits::kCmdBufferCompatible});

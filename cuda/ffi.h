@@ -3,10 +3,10 @@
 
 #include "xla/ffi/api/c_api.h"
 
-// jax_sage_quantize: (query, key, value, ...) -> (the nine buffers of jax_sage_attention, scratch);
-// see CheckQuantize.
+// jax_sage_quantize: (query, key, value, ...) -> (the first buffers of jax_sage_attention,
+// scratch); see CheckQuantize.
 extern "C" XLA_FFI_Error* JaxSageQuantize(XLA_FFI_CallFrame* call_frame);
-// jax_sage_attention: (the nine buffers, those of masks) -> (out, lse).
+// jax_sage_attention: (the quantized buffers, those of masks) -> (out, lse).
 extern "C" XLA_FFI_Error* JaxSageAttention(XLA_FFI_CallFrame* call_frame);
 // jax_sage_pack_mask: mask -> (words, views), operands of a masked jax_sage_attention.
 extern "C" XLA_FFI_Error* JaxSagePackMask(XLA_FFI_CallFrame* call_frame);

@@ -99,7 +99,7 @@ def _alike(band: Band, length_kv: int) -> bool:
     return 8 * (band.left + band.right + 1) <= length_kv
 
 
-_MASK_KINDS = ("masked", "mask", "segments", "bias", "counted")
+_MASK_KINDS = ("masked", "mask", "segments", "bias", "counted", "by_intervals")
 
 
 def _call_attention(
@@ -138,7 +138,7 @@ def _masked(
     )
     operands = mask_operands.make(view, masks, batch, key, value)
     codes = functools.partial(quantize, query, key, value, scale_log2=scale_log2, recipe=recipe)
-    attributes = operands.attributes | {"counted": np.int64(0)}
+    attributes = operands.attributes | dict.fromkeys(("counted", "by_intervals"), np.int64(0))
     if view.sees_everything():
         return run(query, (*codes(), *operands.arrays), **attributes)
     if operands.seen is not None:
@@ -155,6 +155,11 @@ def _masked(
         quantized = codes(
             seen=() if seen is None else (seen,), segments=(*segments, operands.arrays[0])
         )
+        # Where queries and keys share their ids, neighbouring queries see neighbouring intervals.
+        # Of others, in another order, intervals may be far apart, and plans leave out what is
+        # between them.
+        own = masks.key_value_segment_ids is None
+        attributes["by_intervals"] = np.int64(own and masks.mask is None and masks.bias is None)
         return run(query, (*quantized, *operands.arrays, scattered), **attributes)
     assert seen is not None  # a mask or a bias: nothing is known
     count = jnp.maximum(seen.sum(-1, dtype=jnp.float32), np.float32(1))

@@ -35,8 +35,8 @@ MOST_SORTED = 8192
 class MaskOperands(NamedTuple):
     arrays: tuple[jax.Array, ...]  # without those of the quantized operands
     attributes: dict[str, np.int64]
-    # Where intervals say all, and some keys may not be seen, else None: which keys are, uint8
-    # [B or 1, 1, S], and 1 / how many, [B, K].
+    # Where intervals say all that queries see and are no constants, else None: which keys are
+    # seen, uint8 [B or 1, 1, S], and 1 / how many, [B, K].
     seen: tuple[jax.Array, jax.Array] | None
 
 

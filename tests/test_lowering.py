@@ -308,6 +308,9 @@ def test_ids_that_queries_and_keys_share_are_sorted_once():
         # Each key is seen by its own query: known without a look.
         quantize = custom_calls(text)["jax_sage_quantize"]
         assert attribute(quantize, "some_seen") == (str(sorts), "i64")
+        # In the order of the keys: neighbouring queries see neighbouring intervals.
+        attention = custom_calls(text)["jax_sage_attention"]
+        assert attribute(attention, "by_intervals") == (str(1 - sorts), "i64")
 
 
 @needs_module
@@ -317,6 +320,9 @@ def test_ids_too_many_for_a_kernel_are_sorted_by_xla():
         text = lower((1, length, 1, 64), query_segment_ids=ids, key_value_segment_ids=ids)
         assert text.count("@jax_sage_sort_ids") == (not by_xla)
         assert operations(text).count("sort") == by_xla
+        ids = ("S32", [1, length])
+        wrong = complaint("sort_ids", [ids], [ids, ids, ("S32", [1])], {})
+        assert (wrong is None) == (not by_xla)
 
 
 @needs_module
@@ -543,7 +549,7 @@ def right_call(which, recipe="8+8", query=(2, 300, 4, 80), key=(2, 1100, 2, 80))
         "with_lse": 0.0,
         "pv_accumulator": 16.0,
         "mma_sync": 0.0,
-        **dict.fromkeys(("masked", "mask", "segments", "bias", "counted"), 0.0),
+        **dict.fromkeys(("masked", "mask", "segments", "bias", "counted", "by_intervals"), 0.0),
     }
     if which in ("attention with masks", "attention with segments"):
         attrs |= dict.fromkeys(("masked", "mask", "bias"), 1.0) | {"is_causal": 0.0}
@@ -711,7 +717,10 @@ def test_wrong_dtypes_are_named(which, recipe):
         ("attention with masks", "segments", [2, -1]),
         ("attention with masks", "bias", [2, -1]),
         ("attention with masks", "counted", [2, -1]),
+        ("attention with masks", "counted", [0]),
         ("attention with segments", "counted", [1]),
+        ("attention with segments", "by_intervals", [1, 2, -1]),  # there are a mask and a bias too
+        ("attention with masks", "by_intervals", [1]),
         ("attention", "is_causal", [2, -1, math.nan]),
         ("attention", "alike", [2, -1, math.nan]),
         ("attention", "with_lse", [2, -1, math.nan]),
@@ -763,10 +772,19 @@ def test_masks_may_have_ones():
         dtype, dims = args[names.index(name)]
         args[names.index(name)] = (dtype, [*dims[:axis], 1, *dims[axis + 1 :]])
         assert complaint("attention", args, results, attrs) is None, (name, axis)
-    dtype, dims = args[-1]
-    args[-1] = (dtype, [*dims[:3], 2])  # two columns stand for all keys
+    bias = names.index("bias")
+    dtype, dims = args[bias]
+    args[bias] = (dtype, [*dims[:3], 2])  # two columns stand for all keys
     assert complaint("attention", args, results, attrs) is None
-    assert "bias is F16" in complaint("attention", [*args[:-1], (dtype, [1] * 4)], results, attrs)
+    args[bias] = (dtype, [1] * 4)
+    assert "bias is F16" in complaint("attention", args, results, attrs)
+    # Whose segments are scattered is said of as many entries as have ids of their own.
+    args, results, attrs = right_call("attention with segments")
+    for name in ("key_ids", "scattered"):
+        dtype, dims = args[names.index(name)]
+        args[names.index(name)] = (dtype, [1, *dims[1:]])
+        complaints = complaint("attention", args, results, attrs)
+        assert (complaints is None) == (name == "scattered"), complaints
 
 
 @needs_module

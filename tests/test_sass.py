@@ -118,7 +118,7 @@ def test_kernels_on_wgmma_keep_to_registers_and_stay_asynchronous(source, tmp_pa
         # The producer plans with a mask or segments, and may have a few registers too few;
         # consumers not in their loop, but where a bias is with FP32 sums.
         biased = "MaskingE1" in name or "MaskingE3" in name
-        masked = "MaskingE0" not in name
+        masked = not re.search("MaskingE[04]", name)  # 4: by the intervals of segments
         biased_fp16 = biased and "PvFp16" in name
         if biased_fp16 and "ILi256E" in name:
             assert sum(memory) <= 160, name
@@ -173,12 +173,13 @@ def test_quantization_of_segments_keeps_to_registers(arch, tmp_path):
     compile_kernels(ROOT / "cuda/quantize/segments.cu", arch, binary)
     assert all(x % 2 == 0 for x in policies_of_copies(cuobjdump("-sass", arch, binary)))
     used = local_memory(arch, binary)
-    # Slots, two steps for each head dimension, and two for each dtype too, aligned or not.
-    assert len(used) == 1 + 2 * 3 + 2 * 2 * 3 * 3
+    # Slots; V's channels for each head dimension; the rest for each dtype too, aligned or not.
+    assert len(used) == 1 + 3 + 2 * 3 * 3
     for name, memory in used.items():
         # A few more registers would cost a third of the CTAs that fit on an SM (of 512 threads
-        # there is one anyway, with 128 registers a thread at most).
-        assert sum(memory) <= 32, name
+        # there is one anyway, with 128 registers a thread at most). What is rare is in functions
+        # of its own, which have a frame.
+        assert sum(memory) <= 128, name
 
 
 def matrix_range(instructions):

@@ -77,9 +77,9 @@ struct AttentionParams {
   const float* slot_channels;  // [B, K, S, kSlotRows, Hc]
   const int32_t* query_slots;  // [B, Tp]; -1: the query sees no key
   bool alike;                  // by their positions, queries see about as many keys each
-  // With segments and neither mask nor bias, else null: what queries see, as rows and groups of
-  // MaskParams, where the keys of a segment lie one behind the other; and of which batch entries
-  // they do not, [B or 1].
+  // Null, but with segments by intervals: what queries see, as rows and groups of MaskParams, where
+  // the keys of a segment lie one behind the other; and of which batch entries they do not,
+  // [B or 1].
   const int2* segment_rows;
   const int4* segment_groups;
   const int32_t* scattered;

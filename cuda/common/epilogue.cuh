@@ -93,17 +93,19 @@ __device__ __forceinline__ const float* SlotChannels(const AttentionParams& para
          (kv_head * params.length_kv + max(slot, 0)) * (kSlotRows * TableChannels(kHeadDim));
 }
 
+// kBySlot: there may be segments; what is not finite is marked later then, and with intervals
+// (masks.rows), as who sees it is not a matter of the first key.
+
 // Fills the table with `threads` threads; the caller synchronizes.
-template <bool kMasked, int kHeadDim>
+template <bool kBySlot, int kHeadDim>
 __device__ __forceinline__ void PrepareOutput(OutputTable<kHeadDim>& table,
                                               const AttentionParams& params,
                                               const Position& position, int thread, int threads) {
-  // With masks, what is not finite is marked later: who sees it is not a matter of the first key.
-  const bool is_marked = kMasked || params.masks.rows != nullptr;
+  const bool is_marked = kBySlot || params.masks.rows != nullptr;
   constexpr int kChannels = TableChannels(kHeadDim);
   const int32_t* first_bad = params.first_bad + position.kv_head * kBadRows * kChannels;
   if (thread == 0) {
-    if constexpr (!kMasked) {
+    if constexpr (!kBySlot) {
       table.first_bad_key = is_marked ? kNever : first_bad[kBadKey * kChannels];
     }
     table.first_query = position.first_row;
@@ -113,7 +115,7 @@ __device__ __forceinline__ void PrepareOutput(OutputTable<kHeadDim>& table,
     table.first_token = static_cast<int32_t>(position.head / params.heads * params.length_q);
     table.head = static_cast<int32_t>(position.head % params.heads);
   }
-  if constexpr (kMasked) {
+  if constexpr (kBySlot) {
     const int batch = static_cast<int>(position.head) / params.heads;
     if (thread == 0) table.batch = batch;
     if (params.query_slots != nullptr) {
@@ -142,7 +144,7 @@ __device__ __forceinline__ void PrepareOutput(OutputTable<kHeadDim>& table,
     table.scale[c] = scale;
     // 0: nothing was taken from V, and nothing is given back.
     table.offset[c] = average == 0 ? 0 : average - scale * code_mean;
-    if constexpr (!kMasked) {
+    if constexpr (!kBySlot) {
       table.first_bad[c] = is_marked ? kNever : first_bad[kBadValue * kChannels + c];
     }
   }
@@ -152,7 +154,7 @@ __device__ __forceinline__ void PrepareOutput(OutputTable<kHeadDim>& table,
 struct RowEnds {
   float norm[2];     // sums of P; 0: nothing is seen
   float inverse[2];  // 1 / norm, or 0
-  int last_key[2];   // of those seen, without masks
+  int last_key[2];   // of those seen, where what is not finite is not marked later
   bool is_plain;     // all channels are finite, and something is seen; the same in the warp
   // With segments: whose scale and offset are theirs, and whether these are not the table's.
   int slot[2];
@@ -160,14 +162,14 @@ struct RowEnds {
 };
 
 // quantized_sum: of P, as V is multiplied by it.
-template <bool kMasked, int kHeadDim>
+template <bool kBySlot, int kHeadDim>
 __device__ __forceinline__ RowEnds EndsOf(const AttentionParams& params,
                                           const OutputTable<kHeadDim>& table, int row, int lane,
                                           const float (&max)[2], const float (&quantized_sum)[2]) {
   RowEnds ends;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    ends.last_key[half] = kMasked            ? -1
+    ends.last_key[half] = kBySlot            ? -1
                           : params.is_causal ? min(row + 8 * half, params.length_kv - 1)
                                              : params.length_kv - 1;
     const bool too_large = fabsf(max[half]) >= kScoreMax && max[half] != -kInf;
@@ -175,7 +177,7 @@ __device__ __forceinline__ RowEnds EndsOf(const AttentionParams& params,
     ends.inverse[half] = ends.norm[half] == 0 ? 0 : 1.0f / ends.norm[half];
   }
   ends.other_slots = false;
-  if constexpr (kMasked) {
+  if constexpr (kBySlot) {
     if (params.query_slots != nullptr) {
       const int32_t* slots =
           params.query_slots + table.batch * static_cast<int64_t>(params.padded_q) + row;
@@ -186,7 +188,7 @@ __device__ __forceinline__ RowEnds EndsOf(const AttentionParams& params,
     }
   }
   bool some_bad = ends.norm[0] == 0 || ends.norm[1] == 0;
-  if constexpr (!kMasked) {
+  if constexpr (!kBySlot) {
 #pragma unroll
     for (int c = lane; c < kHeadDim; c += 32) some_bad |= table.first_bad[c] < params.length_kv;
   }
@@ -197,12 +199,12 @@ __device__ __forceinline__ RowEnds EndsOf(const AttentionParams& params,
 // Finishes the outputs of two rows, of which this thread holds the channels kFirst + 8n +
 // 2(lane % 4) + {0, 1}: divides by the row sum, undoes V's scale and mean, and marks what is not
 // finite.
-template <bool kMasked, int kFirst = 0, int kHeadDim, int kTiles>
+template <bool kBySlot, int kFirst = 0, int kHeadDim, int kTiles>
 __device__ __forceinline__ void FinishChannels(const AttentionParams& params,
                                                const OutputTable<kHeadDim>& table,
                                                const RowEnds& ends, int lane,
                                                float (&o)[kTiles][4]) {
-  if (kMasked && ends.other_slots) {
+  if (kBySlot && ends.other_slots) {
     const int head = static_cast<int>(table.query_row / params.padded_q);
     const int64_t kv_head = head / (params.heads / params.kv_heads);
 #pragma unroll
@@ -244,7 +246,7 @@ __device__ __forceinline__ void FinishChannels(const AttentionParams& params,
   for (int n = 0; n < kTiles; ++n) {
     const int channel = kFirst + 8 * n + 2 * (lane & 3);
     int2 bad = make_int2(kNever, kNever);
-    if constexpr (!kMasked) bad = *reinterpret_cast<const int2*>(&table.first_bad[channel]);
+    if constexpr (!kBySlot) bad = *reinterpret_cast<const int2*>(&table.first_bad[channel]);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float& x = o[n][2 * half];
@@ -257,7 +259,7 @@ __device__ __forceinline__ void FinishChannels(const AttentionParams& params,
 }
 
 // `sum`: this thread's part of the sum of P before rounding.
-template <bool kMasked, int kHeadDim>
+template <bool kBySlot, int kHeadDim>
 __device__ __forceinline__ void StoreLse(const AttentionParams& params,
                                          const OutputTable<kHeadDim>& table, const RowEnds& ends,
                                          int row, int lane, const float (&max)[2],
@@ -271,7 +273,7 @@ __device__ __forceinline__ void StoreLse(const AttentionParams& params,
     if ((lane & 3) == 0 && this_row < params.length_q) {
       float lse = CUDART_LN2_F * (max[half] + log2f(total) - kLog2PMax +
                                   params.q_dot_mean[table.query_row + this_row]);
-      if ((!kMasked && table.first_bad_key <= ends.last_key[half]) || isnan(ends.norm[half])) {
+      if ((!kBySlot && table.first_bad_key <= ends.last_key[half]) || isnan(ends.norm[half])) {
         lse = kNan;
       }
       if (ends.norm[half] == 0) lse = -kInf;  // nothing seen, whatever the query

@@ -10,10 +10,9 @@
 
 namespace jax_sage {
 
-// Without a mask or segments queries may still see intervals only: on Hopper any, elsewhere those
-// of a causal mask, and there is no kPlainBiased.
-// With segments whose keys lie one behind the other, too: kPlainSegments.
-enum class Masking { kPlain, kPlainBiased, kPlainSegments, kMasked, kMaskedBiased };
+// What a query sees by plans, or as an interval of keys: on Hopper any, elsewhere that of a causal
+// mask, and there is kPlain alone. kPlainSegments: the keys of segments lie one behind the other.
+enum class Masking { kPlain, kPlainBiased, kMasked, kMaskedBiased, kPlainSegments };
 
 // What queries see of a tile: nothing, or what these bits leave to be looked at key by key.
 enum TileView : unsigned {

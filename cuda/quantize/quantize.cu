@@ -47,21 +47,10 @@ struct Part {
 };
 
 template <Tensor kTensor, class In, int kAccess, int kHeadDim>
-__device__ __forceinline__ Tokens<In, kAccess, kHeadDim> TokensOf(const QuantizeParams& params,
-                                                                  int head) {
-  return {kTensor == kKey ? params.key : params.value,
-          head,
-          params.kv_heads,
-          params.length_kv,
-          params.head_dim,
-          kAccess & kSomeSeen ? SeenBy(params, head) : nullptr};
-}
-
-template <Tensor kTensor, class In, int kAccess, int kHeadDim>
 __device__ __forceinline__ void MakePart(const QuantizeParams& params, const Plan& plan,
                                          Shared<In, kHeadDim>& shared, const Part& part) {
-  const auto tokens = TokensOf<kTensor, In, kAccess, kHeadDim>(params, part.head);
   using T = Tokens<In, kAccess, kHeadDim>;
+  const T tokens = TokensOf<kTensor, T>(params, part.head);
   Stream<kTensor, T> stream(tokens, shared.ring, part.begin, part.end, part.is_codes);
   if (!part.is_codes) {
     MakeStatistics<kTensor>(params, plan, shared.of_item.statistics, tokens, stream, part.head,
@@ -92,7 +81,7 @@ __device__ __forceinline__ void MakeItem(const QuantizeParams& params, const Pla
   if constexpr ((kAccess & kSomeSeen) != 0) {
     const int end_token = min(end, params.length_kv);
     const int count =
-        CountSeen(TokensOf<kTensor, In, kAccess, kHeadDim>(params, head), begin, end_token);
+        CountSeen(TokensOf<kTensor, Tokens<In, kAccess, kHeadDim>>(params, head), begin, end_token);
     if (count == 0 && is_codes) {
       if (params.skip_unseen) return;
       if (kTensor == kKey) {
@@ -146,14 +135,8 @@ cudaError_t Launch(const QuantizeParams& params, cudaStream_t stream) {
   constexpr int kTokens = Tokens<In, kAccess, kHeadDim>::kTokens;
   constexpr int kSharedBytes = sizeof(Shared<In, kHeadDim>);
   const auto kernel = &Quantize<In, kAccess, kHeadDim>;
-  int device = 0, sms = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  }
+  int sms = 0;
+  cudaError_t error = PrepareLaunch(kernel, kSharedBytes, sms);
   if (error != cudaSuccess) return error;
 
   const auto ceil_div = [](int64_t x, int64_t y) { return (x + y - 1) / y; };

@@ -146,7 +146,6 @@ template <int kHeadDim>
 struct SharedPart {
   SharedStatistics<kHeadDim> statistics;
   float warp_max[kWarps<kHeadDim>];
-  bool is_last;
 };
 
 // Of numbers that are not negative. Synchronizes once.
@@ -236,13 +235,6 @@ __device__ __forceinline__ void JoinPieces(const SegmentedParams& params,
                       Combine<true>(shared.statistics, of_thread));
 }
 
-// K or V of a head.
-template <Tensor kTensor, class T>
-__device__ __forceinline__ T TokensOf(const SegmentedParams& params, int head) {
-  return T(kTensor == kKey ? params.key : params.value, head, params.kv_heads, params.length_kv,
-           params.head_dim, T::kHasUnseen ? SeenBy(params, head) : nullptr);
-}
-
 // Of keys in their order, from place `begin` on, wherever they are and whether or not they count. A
 // function of its own, as the others are: what is rare takes no registers of what is not.
 template <Tensor kTensor, class T, class Ring>
@@ -323,10 +315,10 @@ __device__ __forceinline__ void MakePart(const SegmentedParams& params, const Pl
     __syncthreads();  // before the arrival: what it releases; after: the use of `shared`
     if (c == 0) {
       const Arrivals pieces(params.piece_arrivals[unit * params.parts + first]);
-      shared.is_last = pieces.fetch_add(1, cuda::memory_order_acq_rel) == last - first;
+      shared.statistics.is_last = pieces.fetch_add(1, cuda::memory_order_acq_rel) == last - first;
     }
     __syncthreads();
-    if (shared.is_last) JoinPieces<kTensor>(params, shared, head, slot, first, last);
+    if (shared.statistics.is_last) JoinPieces<kTensor>(params, shared, head, slot, first, last);
   }
   __syncthreads();
   if (c == 0) {
@@ -510,14 +502,8 @@ cudaError_t LaunchSegments(const SegmentedParams& params, cudaStream_t stream) {
   constexpr int kTokens = Tokens<In, kAccess, kHeadDim>::kTokens;
   constexpr int kSharedBytes = sizeof(SharedSegments<In, kHeadDim>);
   const auto kernel = &QuantizeSegments<In, kAccess, kHeadDim>;
-  int device = 0, sms = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  }
+  int sms = 0;
+  cudaError_t error = PrepareLaunch(kernel, kSharedBytes, sms);
   if (error != cudaSuccess) return error;
 
   const auto ceil_div = [](int64_t x, int64_t y) { return (x + y - 1) / y; };
@@ -536,6 +522,8 @@ cudaError_t LaunchSegments(const SegmentedParams& params, cudaStream_t stream) {
   const Plan plan = PlanOf<In>(params, kTokens, sms);
   const auto blocks = [](int64_t count) { return static_cast<unsigned>(count); };
   FindSlots<<<blocks(slot_blocks), kSlotThreads, 0, stream>>>(params, query_blocks);
+  error = cudaGetLastError();
+  if (error != cudaSuccess) return error;
   error = LaunchOverlapping(kernel, blocks(2 * items + query_items), kThreads<kHeadDim>,
                             kSharedBytes, stream, params, plan);
   if (error != cudaSuccess) return error;

@@ -58,6 +58,13 @@ __device__ __forceinline__ const uint8_t* SeenBy(const QuantizeParams& params, i
          head % params.kv_heads * params.seen_head_stride;
 }
 
+// K or V of a head.
+template <Tensor kTensor, class T>
+__device__ __forceinline__ T TokensOf(const QuantizeParams& params, int head) {
+  return T(kTensor == kKey ? params.key : params.value, head, params.kv_heads, params.length_kv,
+           params.head_dim, T::kHasUnseen ? SeenBy(params, head) : nullptr);
+}
+
 // Of kVector channels of the tokens, or parts, that a thread has seen.
 struct Statistics {
   float sum[kVector];

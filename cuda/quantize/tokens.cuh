@@ -73,6 +73,20 @@ Plan PlanOf(const QuantizeParams& params, int tokens, int sms) {
           ((chunks - 1) / params.parts + 1) * tokens, static_cast<float>(1.0 / params.length_kv)};
 }
 
+// Of a kernel that waits for others of its CTAs: how many SMs it has.
+template <class... Params>
+cudaError_t PrepareLaunch(void (*kernel)(Params...), int shared_bytes, int& sms) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  }
+  return error;
+}
+
 // The work of a CTA: an item's statistics or its codes, or, from plan.items on, Q's codes.
 struct Turn {
   int item;

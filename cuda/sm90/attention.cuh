@@ -6,9 +6,9 @@
 // kQkAhead). While one waits for the matrix unit or for its exponentials, the others use what it
 // leaves. A producer warp loads K and V by TMA, running ahead into the next item.
 //
-// With a mask or segments the producer warp finds the tiles that any of the queries may see, loads
-// these alone, and says with each what each warpgroup sees of it. A bias is loaded by the consumer
-// warps.
+// With a mask, or segments that intervals do not describe, the producer warp finds the tiles that
+// any of the queries may see, loads these alone, and says with each what each warpgroup sees of it.
+// A bias is loaded by the consumer warps.
 #pragma once
 
 #include "common/epilogue.cuh"

@@ -28,11 +28,12 @@ cudaError_t Encode(CUtensorMap* map, const Tensor& tensor);
 cudaError_t LaunchAttentionFp8(const AttentionParams& params, cudaStream_t stream);
 // FP16 PV with FP32 sums.
 cudaError_t LaunchAttentionFp16(const AttentionParams& params, cudaStream_t stream);
-// With segments whose keys lie one behind the other, of batch entries that have no others.
-cudaError_t LaunchSegmentsFp8(const AttentionParams& params, cudaStream_t stream);
-cudaError_t LaunchSegmentsFp16(const AttentionParams& params, cudaStream_t stream);
-// The same with a mask, segments or a bias.
+// The same with a mask, segments or a bias; of batch entries with scattered segments, where
+// params.scattered is given.
 cudaError_t LaunchMaskedFp8(const AttentionParams& params, cudaStream_t stream);
 cudaError_t LaunchMaskedFp16(const AttentionParams& params, cudaStream_t stream);
+// Of the other entries: masks.rows are the intervals of their segments.
+cudaError_t LaunchSegmentsFp8(const AttentionParams& params, cudaStream_t stream);
+cudaError_t LaunchSegmentsFp16(const AttentionParams& params, cudaStream_t stream);
 
 }  // namespace jax_sage::sm90

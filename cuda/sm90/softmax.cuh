@@ -220,11 +220,12 @@ struct Scores {
       const float mean = total / fmaxf(count, 1);
       const float old = max[half];
       const float spread = tile_max - mean;
-      // That of few keys, where a window begins within a tile, will grow by more. With a bias
-      // scores may spread widely or hardly: as much as the maximum of normal ones would.
+      // That of few keys, where a window begins within a tile, will grow by more; but of a single
+      // key nothing tells whether it is far above all others. With a bias scores may spread widely
+      // or hardly: as much as the maximum of normal ones would.
       const int few = (count < kBlockKv) + (count < kBlockKv / 2) + (count < kBlockKv / 8);
-      float growth = static_cast<float>(3 + few);
-      if (T::kBiased && few <= 1) growth = floorf(0.7f * spread + 1.5f);
+      float growth = static_cast<float>(count < 2 ? 3 : 3 + few);
+      if (T::kBiased && few <= 1) growth = fmaxf(0, floorf(0.7f * spread + 1.5f));
       if (raise != 0) max[half] = fmaxf(old, ceilf(tile_max) + Pv::Room(spread, growth));
       alpha[half] = max[half] == old ? 1.0f : ptx::Exp2(old - max[half]);
       sum[half] *= alpha[half];

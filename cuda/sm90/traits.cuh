@@ -24,7 +24,7 @@ template <class Pv_, bool kWithLse_, Masking kMasking = Masking::kPlain, int kMo
 struct Traits {
   using Pv = Pv_;
   static constexpr bool kWithLse = kWithLse_;
-  // By a mask or segments. Otherwise queries see intervals of keys, and nothing is planned.
+  // By plans. Otherwise queries see intervals of keys, and nothing is planned.
   static constexpr bool kMasked =
       kMasking == Masking::kMasked || kMasking == Masking::kMaskedBiased;
   // By the slots of segments: what ends an item.
