@@ -267,7 +267,7 @@ void CheckMasks(Checker& check, const std::vector<Buffer>& args, const Buffer& o
     check.IsOrOne("query_ranges", args[next + 2], "S32", {s.batch, groups, 2}, 1);
     check.IsOrOne("key_ranges", args[next + 3], "S32", {s.batch, tiles, 2}, 1);
     // Of as many entries as have ids of their own.
-    check.Is("scattered", args.back(), "S32", {args[next + 1].dims[0]});
+    if (check.Ok()) check.Is("scattered", args.back(), "S32", {args[next + 1].dims[0]});
     next += 4;
   }
   if (kinds.bias) {

@@ -23,9 +23,9 @@ __global__ void __launch_bounds__(kThreads)
   const int kv_head = head / (attention.heads / attention.kv_heads);
   const int64_t unit = static_cast<int64_t>(batch) * attention.kv_heads + kv_head;
   const int c = threadIdx.x;
-  WaitForPrevious();
 
-  // The first of all channels; that of V is of the key too.
+  // The first of all channels; that of V is of the key too. Attention lets this launch start when
+  // the quantization has ended: what that has found is there, and only outputs are waited for.
   __shared__ int first_key;
   if (c == 0) first_key = kNever;
   __syncthreads();
@@ -36,6 +36,7 @@ __global__ void __launch_bounds__(kThreads)
     if (first != kNever) atomicMin(&first_key, first);
   }
   __syncthreads();
+  WaitForPrevious();
   if (first_key == kNever) return;
 
   for (int turn = 0; turn < kTurns; ++turn) {

@@ -364,8 +364,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   T::Pv::Prepare(shared + T::kV, T::kStages);
   ptx::FenceAsyncProxy();
   __syncthreads();
-  LetNextStart();
   WaitForPrevious();
+  LetNextStart();
   if (T::kBySlot && params.scattered != nullptr) {
     bool some = false;
     for (int64_t batch = threadIdx.x; batch < params.batch; batch += T::kThreads) {

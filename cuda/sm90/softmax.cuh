@@ -225,7 +225,7 @@ struct Scores {
       // or hardly: as much as the maximum of normal ones would.
       const int few = (count < kBlockKv) + (count < kBlockKv / 2) + (count < kBlockKv / 8);
       float growth = static_cast<float>(count < 2 ? 3 : 3 + few);
-      if (T::kBiased && few <= 1) growth = fmaxf(0, floorf(0.7f * spread + 1.5f));
+      if (T::kBiased && few <= 1) growth = fmaxf(0, floorf(0.7f * spread + 2));
       if (raise != 0) max[half] = fmaxf(old, ceilf(tile_max) + Pv::Room(spread, growth));
       alpha[half] = max[half] == old ? 1.0f : ptx::Exp2(old - max[half]);
       sum[half] *= alpha[half];
