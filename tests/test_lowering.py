@@ -717,7 +717,6 @@ def test_wrong_dtypes_are_named(which, recipe):
         ("attention with masks", "segments", [2, -1]),
         ("attention with masks", "bias", [2, -1]),
         ("attention with masks", "counted", [2, -1]),
-        ("attention with masks", "counted", [0]),
         ("attention with segments", "counted", [1]),
         ("attention with segments", "by_intervals", [1, 2, -1]),  # there are a mask and a bias too
         ("attention with masks", "by_intervals", [1]),
@@ -836,6 +835,15 @@ def test_mask_and_bias_of_other_numbers_of_heads_are_reported():
     dtype, (batch, heads, *rest) = args[1]
     args[1] = (dtype, [batch, heads // 2, *rest])
     assert "mask" in complaint("seen_keys", args, results, attrs)
+
+
+@needs_module
+def test_masks_need_to_know_how_many_keys_count():
+    args, results, attrs = right_call("attention with masks")
+    without = [x for x, name in zip(args, NAMES["attention with masks"][0], strict=True)
+               if name != "per_counted_key"]  # fmt: skip
+    message = complaint("attention", without, results, attrs | {"counted": 0.0})
+    assert "mask and bias need counted" in message
 
 
 @needs_module
