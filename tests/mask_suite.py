@@ -207,7 +207,7 @@ class MaskSuite:
                                          {"key_value_seq_lengths": np.array([77, 150], np.int32)}],
                              ids=str)  # fmt: skip
     def test_queries_and_keys_may_have_the_same_array_of_ids(self, options):
-        """Then it is known that each key is seen."""
+        """Then it is known that each key is seen, and segments may run by intervals."""
         q, k, v = (jnp.asarray(x) for x in reference.inputs("normal", (2, S, N, H), (2, S, K, H)))
         ids = jnp.stack([ids_of((1, 45), (2, 70), (3, 35)), ids_of((7, 100), (2, 50))])
         run = functools.partial(jax_sage.attention, q, k, v, return_residual=True, **options)
