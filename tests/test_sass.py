@@ -115,8 +115,8 @@ def test_kernels_on_wgmma_keep_to_registers_and_stay_asynchronous(source, tmp_pa
     used = local_memory("90a", binary)
     assert used
     for name, memory in used.items():
-        # The producer plans with a mask or scattered segments, and may have a few registers too few;
-        # consumers not in their loop, but where a bias is with FP32 sums.
+        # The producer plans with a mask or scattered segments, and may have a few registers too
+        # few; consumers not in their loop, but where a bias is with FP32 sums.
         biased = "MaskingE1" in name or "MaskingE3" in name
         masked = not re.search("MaskingE[04]", name)  # 4: by the intervals of segments
         biased_fp16 = biased and "PvFp16" in name
