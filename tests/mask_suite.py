@@ -238,6 +238,8 @@ class MaskSuite:
         ids = jnp.asarray(ids_of((1, begin), (2, 1 + others)))
         out, _ = attention(q, k, v, recipe=recipe, query_segment_ids=ids, key_value_segment_ids=ids)
         share = others / (others + 2**10)
+        # INT8 moves the sink's score by 10 / 254 powers at most, and the share by 0.01; without the
+        # others it would move by 0.67.
         assert np.abs((1 + out[begin:]) / 2 - share).max() < 0.05
 
     # Together.

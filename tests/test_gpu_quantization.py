@@ -191,6 +191,19 @@ def seen_by_few(rng, shape):
     return (rng.random(shape) < 3 / shape[-2]) & (np.arange(shape[-1]) % 3 > 0)
 
 
+def view_of(masks, band, kv_heads, length_q, length_kv):
+    """As the lowering makes it, of one batch dimension."""
+    return View(
+        masks,
+        band,
+        batch_rank=1,
+        kv_heads=kv_heads,
+        length_q=length_q,
+        length_kv=length_kv,
+        padded_q=mask_operands.round_up(length_q, lowering_cuda.BLOCK_Q),
+    )
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize(
     ("mask_shape", "bias_shape", "dtype", "limits"),
@@ -220,15 +233,7 @@ def test_seen_keys_are_as_in_portable(mask_shape, bias_shape, dtype, limits, kv_
 
     def views(masks, function):
         band = Band(limits.get("left"), limits.get("right"))
-        view = View(
-            masks,
-            band,
-            batch_rank=1,
-            kv_heads=kv_heads,
-            length_q=length_q,
-            length_kv=length_kv,
-            padded_q=-(-length_q // 128) * 128,
-        )
+        view = view_of(masks, band, kv_heads, length_q, length_kv)
         return jnp.broadcast_to(function(view, masks), (2, kv_heads, length_kv))
 
     def by_kernel(view, masks):
@@ -280,15 +285,7 @@ def test_intervals_are_those_of_the_view(seed):
     padded_q = mask_operands.round_up(length_q, lowering_cuda.BLOCK_Q)
 
     def views(masks):
-        return View(
-            masks,
-            band,
-            batch_rank=1,
-            kv_heads=kv_heads,
-            length_q=length_q,
-            length_kv=length_kv,
-            padded_q=padded_q,
-        )
+        return view_of(masks, band, kv_heads, length_q, length_kv)
 
     rows, groups, seen, per_key = jax.jit(
         lambda masks: mask_operands._intervals(views(masks), masks, (batch,), kv_heads)
@@ -543,6 +540,7 @@ def test_what_other_entries_ids_are_does_not_show(recipe, head_dim):
         out, lse = (np.asarray(x) for x in run(q, k, v, masks))
         other, _ = on_cpu(portable_run, q, k, v, masks)
         difference = np.abs(out.astype(np.float64) - np.asarray(other, np.float64))
+        # As in test_segments_in_the_outputs: out is rounded to bfloat16.
         assert difference.mean() <= 2.0**-8 * np.abs(np.asarray(other, np.float64)).mean()
         for entry, ids in enumerate(order):
             first = results.setdefault((entry, ids is together), (out[entry], lse[entry]))

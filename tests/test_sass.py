@@ -177,8 +177,9 @@ def test_quantization_of_segments_keeps_to_registers(arch, tmp_path):
     assert len(used) == 1 + 3 + 2 * 3 * 3
     for name, memory in used.items():
         # A few more registers would cost a third of the CTAs that fit on an SM (of 512 threads
-        # there is one anyway, with 128 registers a thread at most). What is rare is in functions
-        # of its own, which have a frame.
+        # there is one anyway, with 128 registers a thread at most), and 14 % of the speed, more
+        # than what is spilled: 76 bytes for 16-bit inputs, beside the frames of what is rare, in
+        # functions of its own.
         assert sum(memory) <= 128, name
 
 
