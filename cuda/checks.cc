@@ -172,7 +172,7 @@ std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buf
   check.Require(!check.Flag(attrs, "skip_unseen") || (some_seen && !segments),
                 "attribute skip_unseen needs some_seen and is not for segments");
   check.Count("arguments", args.size(), 3 + some_seen + (segments ? 4 : some_seen));
-  check.Count("results", results.size(), segments ? 20 : 11);
+  check.Count("results", results.size(), segments ? 23 : 11);
   if (!check.Ok()) return check.message();
 
   Sizes s;
@@ -222,6 +222,10 @@ std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buf
     check.Is("slot_ends", results[17], "S32", {s.batch, s.length_kv});
     check.Is("piece_arrivals", results[18], "S32", {s.batch, s.kv_heads, 2, s.parts});
     check.Is("arrivals", results[19], "S32", {s.batch, s.kv_heads, 2});
+    check.Is("runs", results[20], "S32", {s.batch, s.length_kv, 4});
+    check.Is("part_slots", results[21], "S32", {s.batch, s.parts});
+    check.Is("block_slots", results[22], "S32",
+             {s.batch, (s.padded_q + kQueriesOfSlots - 1) / kQueriesOfSlots});
   } else {
     check.Is("partials", partials, "F32", {s.batch, s.kv_heads, s.parts, kPartialRows, hc});
     check.Is("arrivals", results[10], "S32", {s.batch, s.kv_heads, 2});
@@ -470,7 +474,7 @@ std::string CheckSortIds(const std::vector<Buffer>& args, const std::vector<Buff
                          const Attrs&, SortSizes* sizes) {
   Checker check("sort_ids");
   check.Count("arguments", args.size(), 1);
-  check.Count("results", results.size(), 3);
+  check.Count("results", results.size(), 5);
   if (!check.Ok()) return check.message();
   const std::vector<int64_t>& dims = args[0].dims;
   check.Require(args[0].dtype == "S32" && dims.size() == 2, [&] {
@@ -485,6 +489,9 @@ std::string CheckSortIds(const std::vector<Buffer>& args, const std::vector<Buff
   check.Is("sorted_ids", results[0], "S32", dims);
   check.Is("order", results[1], "S32", dims);
   check.Is("scattered", results[2], "S32", {dims[0]});
+  const int64_t tiles = (dims[1] + kMaskKeys - 1) / kMaskKeys;
+  check.Is("group_ranges", results[3], "S32", {dims[0], tiles * (kMaskKeys / kMaskRows), 2});
+  check.Is("tile_ranges", results[4], "S32", {dims[0], tiles, 2});
   if (check.Ok() && sizes != nullptr) *sizes = {dims[0], dims[1]};
   return check.message();
 }

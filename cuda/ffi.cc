@@ -199,6 +199,9 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remai
     params.slot_ends = Data<int32_t>(out[17]);
     params.piece_arrivals = Data<int32_t>(out[18]);
     params.arrivals = Data<int32_t>(out[19]);
+    params.runs = Data<SegmentRun>(out[20]);
+    params.part_slots = Data<int32_t>(out[21]);
+    params.block_slots = Data<int32_t>(out[22]);
   } else {
     params.partials = Data<float>(out[9]);
     if (some_seen != 0) params.per_counted_key = Data<float>(in[4]);
@@ -492,16 +495,23 @@ ffi::Error IntervalsImpl(cudaStream_t stream, ffi::RemainingArgs args,
 
 ffi::Error SortIdsImpl(cudaStream_t stream, ffi::AnyBuffer ids,
                        ffi::Result<ffi::AnyBuffer> sorted_ids, ffi::Result<ffi::AnyBuffer> order,
-                       ffi::Result<ffi::AnyBuffer> scattered) {
+                       ffi::Result<ffi::AnyBuffer> scattered,
+                       ffi::Result<ffi::AnyBuffer> group_ranges,
+                       ffi::Result<ffi::AnyBuffer> tile_ranges) {
   SortSizes sizes;
-  const std::string message = CheckSortIds(
-      {Describe(ids)}, {Describe(*sorted_ids), Describe(*order), Describe(*scattered)}, {}, &sizes);
+  const std::string message =
+      CheckSortIds({Describe(ids)},
+                   {Describe(*sorted_ids), Describe(*order), Describe(*scattered),
+                    Describe(*group_ranges), Describe(*tile_ranges)},
+                   {}, &sizes);
   if (!message.empty()) return Invalid(message);
   SortParams params{};
   params.ids = Data<int32_t>(ids);
   params.sorted_ids = Data<int32_t>(*sorted_ids);
   params.order = Data<int32_t>(*order);
   params.scattered = Data<int32_t>(*scattered);
+  params.group_ranges = Data<int2>(*group_ranges);
+  params.tile_ranges = Data<int2>(*tile_ranges);
   params.batch = sizes.batch;
   params.length = static_cast<int>(sizes.length);
   return FromCuda("sort_ids", LaunchSortIds(params, stream));
@@ -551,7 +561,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageSortIds, jax_sage::SortIdsImpl,
                                   .Arg<xla::ffi::AnyBuffer>()   // ids [B, S]
                                   .Ret<xla::ffi::AnyBuffer>()   // sorted
                                   .Ret<xla::ffi::AnyBuffer>()   // whose they are
-                                  .Ret<xla::ffi::AnyBuffer>(),  // scattered
+                                  .Ret<xla::ffi::AnyBuffer>()   // scattered
+                                  .Ret<xla::ffi::AnyBuffer>()   // ranges of 64
+                                  .Ret<xla::ffi::AnyBuffer>(),  // and of 128
                               {xla::ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageQuantize, jax_sage::QuantizeImpl,

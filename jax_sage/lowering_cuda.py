@@ -149,9 +149,9 @@ def _masked(
     seen = None
     if not view.sees_all_keys():
         seen = mask_operands.seen_keys(view, masks, operands.arrays[0], batch, kv_heads)
-    if masks.query_segment_ids is not None:
+    if operands.segments is not None:
         # Means and scales of V are those of each segment, and so are the counts of its keys.
-        *segments, scattered = mask_operands.sorted_segments(masks, batch, view.padded_q, length_kv)
+        *segments, scattered = operands.segments
         quantized = codes(
             seen=() if seen is None else (seen,), segments=(*segments, operands.arrays[0])
         )
@@ -255,6 +255,9 @@ def quantize(
             array(jnp.int32, batch, length_kv),  # where segments end
             array(jnp.int32, batch, kv_heads, 2, parts),  # counters of pieces that are done
             array(jnp.int32, batch, kv_heads, 2),  # and of parts
+            array(jnp.int32, batch, length_kv, 4),  # runs of a segment's keys in a part
+            array(jnp.int32, batch, parts),  # slots of parts of the keys, where all have one
+            array(jnp.int32, batch, -(-tp // 256)),  # and of so many queries
         )
     else:
         quantized += (

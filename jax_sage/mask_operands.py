@@ -38,6 +38,19 @@ class MaskOperands(NamedTuple):
     # Where intervals say all that queries see and are no constants, else None: which keys are
     # seen, uint8 [B or 1, 1, S], and 1 / how many, [B, K].
     seen: tuple[jax.Array, jax.Array] | None
+    segments: "Segments | None"
+
+
+class Segments(NamedTuple):
+    """Ids of the queries, [B, Tp]; of the keys, sorted, [B, S]; and whose they are.
+
+    Equal ids are in the order of the keys, and so are the sums of a segment.
+    """
+
+    query_ids: jax.Array
+    sorted_ids: jax.Array
+    order: jax.Array
+    scattered: jax.Array  # [B], 1 where the keys of some segment do not lie one behind the other
 
 
 def make(
@@ -56,11 +69,10 @@ def make(
     arrays = [rows, groups, key, value]
     if masks.mask is not None:
         arrays += _mask(flat_batch(masks.mask, batch), view.padded_q, key.shape[-3])
-    key_ids = masks.key_segment_ids()
-    if masks.query_segment_ids is not None and key_ids is not None:
-        query = _pad_by_last(flat_batch(masks.query_segment_ids, batch), view.padded_q)
-        ids = _pad_by_last(flat_batch(key_ids, batch), round_up(key.shape[-3], TILE))
-        arrays += [query, ids, _ranges(query, GROUP), _ranges(ids, TILE)]
+    segments = None
+    if masks.query_segment_ids is not None:
+        segments, of_segments = sort_segments(masks, batch, view.padded_q, key.shape[-3])
+        arrays += of_segments
     if masks.bias is not None:
         arrays.append(_bias(flat_batch(masks.bias, batch), key.shape[-3]))
     return MaskOperands(
@@ -72,6 +84,7 @@ def make(
             "bias": np.int64(masks.bias is not None),
         },
         seen,
+        segments,
     )
 
 
@@ -98,31 +111,42 @@ def seen_keys(
     )
 
 
-def sorted_segments(
+def sort_segments(
     masks: Masks, batch: Sequence[int], padded_q: int, length_kv: int
-) -> tuple[jax.Array, ...]:
-    """Ids of the queries, [B, Tp]; of the keys, sorted, [B, S]; whose they are; and scattered, [B].
-
-    Equal ids are in the order of the keys, and so are the sums of a segment. ``scattered``: 1 where
-    the keys of some segment do not lie one behind the other.
-    """
+) -> tuple[Segments, list[jax.Array]]:
+    """And the operands of the attention."""
     key_ids = masks.key_segment_ids()
     assert masks.query_segment_ids is not None and key_ids is not None
+    query = _pad_by_last(flat_batch(masks.query_segment_ids, batch), padded_q)
     ids = flat_batch(key_ids, batch)
     ids = jnp.broadcast_to(ids, (ids.shape[0], length_kv))
-    return _pad_by_last(flat_batch(masks.query_segment_ids, batch), padded_q), *sort_by_kernel(ids)
+    *in_order, query_ranges, key_ranges = sort_by_kernel(ids)
+    if masks.key_value_segment_ids is not None:
+        query_ranges = _ranges(query, GROUP)
+    padded = _pad_by_last(ids, round_up(length_kv, TILE))
+    return Segments(query, *in_order), [query, padded, query_ranges, key_ranges]
 
 
 def sort_by_kernel(ids: jax.Array) -> Sequence[jax.Array]:
-    """masking.sort_ids of [B, S], by a kernel where they are not too many; and scattered."""
+    """masking.sort_ids of [B, S], by a kernel where they are not too many; scattered; and ranges.
+
+    Ranges are the least and greatest of GROUP ids and of TILE, padded by the last.
+    """
+    size = round_up(ids.shape[1], TILE)
     if ids.shape[1] > MOST_SORTED:
         sorted_ids, order = sort_ids(ids)
         is_alike = sorted_ids[:, 1:] == sorted_ids[:, :-1]
         is_apart = order[:, 1:] != order[:, :-1] + np.int32(1)
-        return sorted_ids, order, (is_alike & is_apart).any(-1).astype(jnp.int32)
-    result = jax.ShapeDtypeStruct(ids.shape, jnp.int32)
-    of_entry = jax.ShapeDtypeStruct(ids.shape[:1], jnp.int32)
-    return jax.ffi.ffi_call("jax_sage_sort_ids", (result, result, of_entry))(ids)
+        scattered = (is_alike & is_apart).any(-1).astype(jnp.int32)
+        padded = _pad_by_last(ids, size)
+        return sorted_ids, order, scattered, _ranges(padded, GROUP), _ranges(padded, TILE)
+
+    def result(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((ids.shape[0], *shape), jnp.int32)
+
+    of_ids = result(ids.shape[1])
+    ranges = (result(size // GROUP, 2), result(size // TILE, 2))
+    return jax.ffi.ffi_call("jax_sage_sort_ids", (of_ids, of_ids, result(), *ranges))(ids)
 
 
 def round_up(x: int, multiple: int) -> int:

@@ -328,7 +328,7 @@ def test_ids_are_sorted(length):
             np.where(np.arange(length) == length - 1, -3, 2),
         ]
     ).astype(np.int32)
-    sorted_ids, order, scattered = jax.jit(mask_operands.sort_by_kernel)(ids)
+    sorted_ids, order, scattered, *ranges = jax.jit(mask_operands.sort_by_kernel)(ids)
     expected = np.argsort(ids, axis=-1, kind="stable")
     np.testing.assert_array_equal(order, expected)
     np.testing.assert_array_equal(sorted_ids, np.take_along_axis(ids, expected, -1))
@@ -336,6 +336,11 @@ def test_ids_are_sorted(length):
     counts = [len(np.unique(x)) for x in ids]
     by_entry = np.split(np.array(together), np.cumsum(counts)[:-1])
     np.testing.assert_array_equal(scattered, [not x.all() for x in by_entry])
+    padded = np.pad(ids, [(0, 0), (0, -length % mask_operands.TILE)], mode="edge")
+    for range_, size in zip(ranges, (mask_operands.GROUP, mask_operands.TILE), strict=True):
+        of_range = padded.reshape(len(ids), -1, size)
+        expected = np.stack([of_range.min(-1), of_range.max(-1)], -1)
+        np.testing.assert_array_equal(range_, expected)
 
 
 def segments_by_kernels(q, k, v, recipe, query_ids, key_ids, seen):
@@ -345,7 +350,8 @@ def segments_by_kernels(q, k, v, recipe, query_ids, key_ids, seen):
         masks = Masks(query_segment_ids=query_ids, key_value_segment_ids=key_ids)
         padded_q = mask_operands.round_up(q.shape[-3], lowering_cuda.BLOCK_Q)
         rows = jnp.broadcast_to(np.array([0, k.shape[-3]], np.int32), (1, padded_q, 2))
-        *segments, _ = mask_operands.sorted_segments(masks, q.shape[:-3], padded_q, k.shape[-3])
+        of_masks = (masks, q.shape[:-3], padded_q, k.shape[-3])
+        *segments, _ = mask_operands.sort_segments(*of_masks)[0]
         return lowering_cuda.quantize(
             q,
             k,

@@ -321,7 +321,9 @@ def test_ids_too_many_for_a_kernel_are_sorted_by_xla():
         assert text.count("@jax_sage_sort_ids") == (not by_xla)
         assert operations(text).count("sort") == by_xla
         ids = ("S32", [1, length])
-        wrong = complaint("sort_ids", [ids], [ids, ids, ("S32", [1])], {})
+        tiles = -(-length // 128)
+        ranges = [("S32", [1, 2 * tiles, 2]), ("S32", [1, tiles, 2])]
+        wrong = complaint("sort_ids", [ids], [ids, ids, ("S32", [1]), *ranges], {})
         assert (wrong is None) == (not by_xla)
 
 
@@ -360,7 +362,8 @@ def test_segments_are_quantized_by_the_kernels(recipe):
     operands = signature(calls["jax_sage_attention"])[0]
     assert operands[:11] == quantized
     ids, scattered = ((3, 1100), "i32"), ((3,), "i32")
-    assert signature(calls["jax_sage_sort_ids"]) == ([ids], [ids, ids, scattered])
+    ranges = [((3, 18, 2), "i32"), ((3, 9, 2), "i32")]
+    assert signature(calls["jax_sage_sort_ids"]) == ([ids], [ids, ids, scattered, *ranges])
     assert operands[-1] == scattered
     # Nothing of the size of out is computed elsewhere.
     assert tensor_types(text).count(((3, 300, 8, 80), "f32")) == 0
@@ -500,7 +503,9 @@ def right_call(which, recipe="8+8", query=(2, 300, 4, 80), key=(2, 1100, 2, 80))
         )
     if which == "sort_ids":
         ids = ("S32", [batch, tokens])
-        return [ids], [ids, ids, ("S32", [batch])], {}
+        tiles = -(-tokens // 128)
+        ranges = [("S32", [batch, 2 * tiles, 2]), ("S32", [batch, tiles, 2])]
+        return [ids], [ids, ids, ("S32", [batch]), *ranges], {}
     if which == "seen_keys":
         rows = ("S32", [batch, groups * 64, 2])
         array = [batch, heads, query[-3], tokens]
@@ -590,7 +595,8 @@ def by_slot(quantized, tokens):
 
 BY_SLOT = [*QUANTIZED[:8], "query_slots", "segment_rows", "segment_groups"]
 SCRATCH_BY_SLOT = ["partials", "piece_counts", "key_slots", "slot_means", "slot_factors",
-                   "value_code_sum", "slot_ends", "piece_arrivals", "arrivals"]  # fmt: skip
+                   "value_code_sum", "slot_ends", "piece_arrivals", "arrivals", "runs",
+                   "part_slots", "block_slots"]  # fmt: skip
 MASKS = ["rows", "groups", "key", "value", "words", "views"]
 IDS = ["query_ids", "key_ids", "query_ranges", "key_ranges"]
 NAMES = {
@@ -612,7 +618,10 @@ NAMES = {
         ["query_lengths", "key_lengths"],
         ["rows", "groups", "seen", "per_counted_key"],
     ),
-    "sort_ids": (["ids"], ["sorted_ids", "order", "scattered"]),
+    "sort_ids": (
+        ["ids"],
+        ["sorted_ids", "order", "scattered", "group_ranges", "tile_ranges"],
+    ),
 }
 OF_NO_RECIPE = ("pack_mask", "seen_keys", "intervals", "sort_ids")
 CALLS = [(which, recipe) for which in NAMES if which not in OF_NO_RECIPE for recipe in RECIPES]

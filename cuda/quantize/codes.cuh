@@ -166,19 +166,18 @@ __device__ __forceinline__ void QueryCodesOfChunk(const QuantizeParams& params, 
 }
 
 template <class In, int kHeadDim>
-constexpr int kQueriesOfItem = 4 * Tokens<In, 0, kHeadDim>::kTokens;
+constexpr int kQueriesOfItem = kChunksOfQueries * Tokens<In, 0, kHeadDim>::kTokens;
 
 // An item of Q: queries of one head.
 struct QueryItem {
   int head, kv_head, begin, end;
 };
 template <class In, int kHeadDim>
-__device__ __forceinline__ QueryItem QueryItemOf(const QuantizeParams& params, int item) {
+__device__ __forceinline__ QueryItem QueryItemOf(const QuantizeParams& params, const Plan& plan,
+                                                 int item) {
   constexpr int kQueries = kQueriesOfItem<In, kHeadDim>;
-  const int items_of_head = (params.padded_q + kQueries - 1) / kQueries;
-  const int head = item / items_of_head, begin = item % items_of_head * kQueries;
-  return {head, head / (params.heads / params.kv_heads), begin,
-          min(begin + kQueries, params.padded_q)};
+  const int head = item / plan.query_items, begin = item % plan.query_items * kQueries;
+  return {head, head / plan.group, begin, min(begin + kQueries, params.padded_q)};
 }
 template <class T>
 __device__ __forceinline__ T QueriesOf(const QuantizeParams& params, int head) {

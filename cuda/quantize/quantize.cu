@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads<kHeadDim>, kCtasPerSm<In, kHeadDim>)
   const auto [item, is_codes] = TurnOf(plan, blockIdx.x);
   if (item >= plan.items) {
     using T = Tokens<In, kAccess & ~kSomeSeen, kHeadDim>;
-    const QueryItem of_query = QueryItemOf<In, kHeadDim>(params, item - plan.items);
+    const QueryItem of_query = QueryItemOf<In, kHeadDim>(params, plan, item - plan.items);
     const T queries = QueriesOf<T>(params, of_query.head);
     Stream<kQuery, T> stream(queries, shared.ring, of_query.begin, of_query.end, true);
     OneMean mean = MeanOf<T>(params, of_query.kv_head);
@@ -142,10 +142,9 @@ cudaError_t Launch(const QuantizeParams& params, cudaStream_t stream) {
   const auto ceil_div = [](int64_t x, int64_t y) { return (x + y - 1) / y; };
   const int64_t units = 2 * params.batch * params.kv_heads;
   const int64_t items = units * params.parts;
-  const int64_t query_items =
-      params.batch * params.heads * ceil_div(params.padded_q, kQueriesOfItem<In, kHeadDim>);
-  if (2 * items + query_items > INT32_MAX) return cudaErrorInvalidConfiguration;
   const Plan plan = PlanOf<In>(params, kTokens, sms);
+  const int64_t query_items = params.batch * params.heads * plan.query_items;
+  if (2 * items + query_items > INT32_MAX) return cudaErrorInvalidConfiguration;
 
   error = cudaMemsetAsync(params.arrivals, 0, units * sizeof(*params.arrivals), stream);
   if (error != cudaSuccess) return error;

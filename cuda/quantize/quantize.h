@@ -10,6 +10,31 @@
 
 namespace jax_sage {
 
+// A positive number by which others, from 0 to 2^31 - 1, are divided: by a product and a shift.
+class Divisor {
+ public:
+  JAX_SAGE_HOST_DEVICE constexpr Divisor(int value = 1) : value_(value) {
+    while (int64_t{1} << shift_ < value) ++shift_;
+    // 2^(32 + shift) / value, rounded up, less 2^32: so it fits.
+    const uint64_t excess = (uint64_t{1} << shift_) - static_cast<uint64_t>(value);
+    factor_ = static_cast<uint32_t>((excess << 32) / static_cast<uint64_t>(value) + 1);
+  }
+  JAX_SAGE_HOST_DEVICE constexpr operator int() const { return value_; }
+  friend JAX_SAGE_HOST_DEVICE constexpr int operator/(int x, const Divisor& divisor) {
+    const uint32_t n = static_cast<uint32_t>(x);
+    const uint32_t high = static_cast<uint32_t>(uint64_t{n} * divisor.factor_ >> 32);
+    return static_cast<int>((high + n) >> divisor.shift_);
+  }
+  friend JAX_SAGE_HOST_DEVICE constexpr int operator%(int x, const Divisor& divisor) {
+    return x - x / divisor * divisor.value_;
+  }
+
+ private:
+  int value_;
+  int shift_ = 0;
+  uint32_t factor_ = 0;
+};
+
 // Hp: the padded head dimension. Hc = TableChannels(Hp).
 struct QuantizeParams {
   const void* query;  // [B, T, N, H]
@@ -34,15 +59,15 @@ struct QuantizeParams {
   int32_t* arrivals;          // scratch [B, K, 2]: CTAs of K and V whose statistics are done
 
   int64_t batch;
-  int heads;
-  int kv_heads;
+  Divisor heads;
+  Divisor kv_heads;
   int length_q;
   int length_kv;
   int padded_q;
   int padded_kv;
   int head_dim;
   int padded_head_dim;
-  int parts;             // the sequence of keys is cut into this many
+  Divisor parts;         // the sequence of keys is cut into this many
   float scale_log2;      // softmax scale * log2(e)
   float q_scale_factor;  // |scale_log2| / 127
   bool smooth_k;
@@ -54,6 +79,18 @@ struct QuantizeParams {
 // Rows of `partials`: per channel and part, sums of K and V, extrema of V, and the first positions
 // that are not finite (bits of an int32); with segments extrema of K in place of the positions.
 constexpr int kPartialRows = 6;
+
+// In place of a slot: not all have the same.
+constexpr int kMixedSlots = -2;
+// Queries of which it is known together.
+constexpr int kQueriesOfSlots = 256;
+
+// Keys of one segment that follow each other in the order of ids, in one of its parts.
+struct alignas(16) SegmentRun {
+  int32_t position;        // the first's, where all lie one behind the other, or else -1
+  int32_t end;             // the place behind the last
+  int32_t slot, slot_end;  // the places of the segment's first key, and behind its last
+};
 
 // With segments: means and scales of V by slot (layout.h). Of the fields above, per_counted_key and
 // channels are null; value_code_sum is [B, K, S, Hc], and partials
@@ -76,6 +113,9 @@ struct SegmentedParams : QuantizeParams {
   int32_t* piece_counts;      // scratch [B, K, 2, kPieces, parts]: keys that count
   int32_t* slot_ends;         // scratch [B, S]: the place behind the segment's last key
   int32_t* piece_arrivals;    // scratch [B, K, 2, parts]: pieces that are done, by the first's part
+  SegmentRun* runs;           // scratch [B, S], at the places where one begins
+  int32_t* part_slots;        // scratch [B, parts]: of all keys of a part, as they are given
+  int32_t* block_slots;       // scratch [B, Tp / kQueriesOfSlots]: of all these queries
 };
 
 // Pieces of segments that a part of the sorted keys shares with others: of a segment that began

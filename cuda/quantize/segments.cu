@@ -62,7 +62,7 @@ __device__ __forceinline__ const int32_t* SortedIds(const SegmentedParams& param
   return params.sorted_ids + head / params.kv_heads * params.key_id_stride;
 }
 
-constexpr int kSlotThreads = 256;
+constexpr int kSlotThreads = kQueriesOfSlots;
 
 // Of 256 queries: their slots, and what they see where the keys of a segment lie one behind the
 // other.
@@ -75,12 +75,17 @@ __device__ __forceinline__ void FindQuerySlots(const SegmentedParams& params, in
 
   // Least first, greatest end, greatest first, least end.
   __shared__ int4 groups[kSlotThreads / kMaskRows];
+  __shared__ int first_slot;
   int4& group = groups[threadIdx.x / kMaskRows];
   if (threadIdx.x % kMaskRows == 0) group = make_int4(INT32_MAX, 0, 0, INT32_MAX);
+  int slot = -1;
+  if (query < params.padded_q) {
+    slot = FindPlace(ids, params.length_kv,
+                     __ldg(params.query_ids + batch * params.query_id_stride + query));
+    if (threadIdx.x == 0) first_slot = slot;
+  }
   __syncthreads();
   if (query < params.padded_q) {
-    const int slot = FindPlace(ids, params.length_kv,
-                               __ldg(params.query_ids + batch * params.query_id_stride + query));
     params.query_slots[batch * params.padded_q + query] = slot;
     int2 interval = make_int2(params.length_kv, 0);  // nothing
     if (slot >= 0) {
@@ -99,16 +104,45 @@ __device__ __forceinline__ void FindQuerySlots(const SegmentedParams& params, in
     atomicMax(&group.z, is_padding ? 0 : interval.x);
     atomicMin(&group.w, is_padding ? params.length_kv : interval.y);
   }
-  __syncthreads();
+  const bool alike = __syncthreads_and(query >= params.padded_q || slot == first_slot);
+  if (threadIdx.x == 0) params.block_slots[block] = alike ? slot : kMixedSlots;
   if (query < params.padded_q && threadIdx.x % kMaskRows == 0) {
     params.segment_groups[(batch * params.padded_q + query) / kMaskRows] = group;
   }
 }
 
+// By the thread of a place in the order: what of its segment lies from there on in one part, if
+// that begins there; and the slot of a part of the keys as they are, if its first has this place.
+__device__ __forceinline__ void FindRuns(const SegmentedParams& params, int tokens_per_part,
+                                         const int32_t* ids, const int32_t* order, int64_t batch,
+                                         int place, int slot) {
+  const int position = __ldg(order + place), length = params.length_kv;
+  const auto are_together = [&](int count) {
+    return __ldg(order + place + count - 1) - position == count - 1;
+  };
+  const int part = place / tokens_per_part;
+  if (place % tokens_per_part == 0 || BeginsAt(ids, place)) {
+    const int part_end =
+        static_cast<int>(min((part + int64_t{1}) * tokens_per_part, static_cast<int64_t>(length)));
+    const int end = EndOfRun(ids, place, part_end);
+    const int slot_end = end < part_end ? end : EndOfRun(ids, place, length);
+    params.runs[batch * length + place] = {are_together(end - place) ? position : -1, end, slot,
+                                           slot_end};
+  }
+  if (position % tokens_per_part == 0) {
+    const int count = min(tokens_per_part, length - position);
+    const bool alike = place + count <= length &&
+                       __ldg(ids + place + count - 1) == __ldg(ids + place) && are_together(count);
+    params.part_slots[batch * params.parts + position / tokens_per_part] =
+        alike ? slot : kMixedSlots;
+  }
+}
+
 // The slots, and what the other launches expect to be initialized: blocks of queries, then others.
 __global__ void __launch_bounds__(kSlotThreads)
-    FindSlots(const SegmentedParams params, int64_t query_blocks) {
+    FindSlots(const SegmentedParams params, int64_t query_blocks, int tokens_per_part) {
   LetNextStart();
+  WaitForPrevious();
   if (blockIdx.x < query_blocks) {
     FindQuerySlots(params, blockIdx.x);
     return;
@@ -126,6 +160,8 @@ __global__ void __launch_bounds__(kSlotThreads)
     if (place + 1 == params.length_kv || __ldg(ids + place + 1) != id) {
       params.slot_ends[first + slot] = place + 1;
     }
+    FindRuns(params, tokens_per_part, ids, params.order + batch * params.key_id_stride, batch,
+             place, slot);
     return;
   }
   i -= keys;
@@ -235,8 +271,46 @@ __device__ __forceinline__ void JoinPieces(const SegmentedParams& params,
                       Combine<true>(shared.statistics, of_thread));
 }
 
+// The statistics of `count` keys of a segment that are in a part: the segment's, or a piece of it.
+// The last to make a piece puts them together. Synchronizes.
+template <Tensor kTensor, int kHeadDim>
+__device__ __forceinline__ void AddPiece(const SegmentedParams& params, const Plan& plan,
+                                         SharedPart<kHeadDim>& shared, int head, int part, int slot,
+                                         int slot_end, int count, const ChannelStatistics& all) {
+  const int first = slot / plan.tokens_per_part, last = (slot_end - 1) / plan.tokens_per_part;
+  if (first == last) {
+    FinishSlot<kTensor>(params, shared, head, slot, count, all);
+    return;
+  }
+  const int c = threadIdx.x;
+  const int64_t unit = 2 * static_cast<int64_t>(head) + kTensor;
+  const Piece piece = first == part ? kBegun : kContinued;
+  if (c < kHeadDim) {
+    float* out =
+        params.partials + (FirstPart(params, head, piece) + part) * (kPartialRows * kHeadDim) + c;
+    out[Rows<kTensor>::kSum * kHeadDim] = all.sum;
+    out[Rows<kTensor>::kMax * kHeadDim] = all.max;
+    out[Rows<kTensor>::kMin * kHeadDim] = all.min;
+  }
+  if (c == 0) params.piece_counts[FirstPart(params, unit, piece) + part] = count;
+  __syncthreads();  // before the arrival: what it releases; after: the use of `shared`
+  if (c == 0) {
+    const Arrivals pieces(params.piece_arrivals[unit * params.parts + first]);
+    shared.statistics.is_last = pieces.fetch_add(1, cuda::memory_order_acq_rel) == last - first;
+  }
+  __syncthreads();
+  if (shared.statistics.is_last) JoinPieces<kTensor>(params, shared, head, slot, first, last);
+}
+
+template <Tensor kTensor, int kHeadDim>
+__device__ __forceinline__ int* FirstBad(const SegmentedParams& params, int head) {
+  return params.first_bad +
+         (head * static_cast<int64_t>(kBadRows) + (kTensor == kKey ? kBadKey : kBadValue)) *
+             kHeadDim;
+}
+
 // Of keys in their order, from place `begin` on, wherever they are and whether or not they count. A
-// function of its own, as the others are: what is rare takes no registers of what is not.
+// function of its own, as the others of what is rare: it takes no registers of what is not.
 template <Tensor kTensor, class T, class Ring>
 __device__ __noinline__ Statistics StatisticsOfScattered(const SegmentedParams& params, Ring& ring,
                                                          int head, int begin, int end, int* bad) {
@@ -247,82 +321,59 @@ __device__ __noinline__ Statistics StatisticsOfScattered(const SegmentedParams& 
   return StatisticsOf<kTensor>(tokens, stream, begin, end, bad);
 }
 
+__device__ __forceinline__ SegmentRun LoadRun(const SegmentedParams& params, int head, int place) {
+  const SegmentRun* runs = params.runs + head / params.kv_heads * int64_t{params.length_kv};
+  const int4 x = __ldg(reinterpret_cast<const int4*>(runs + place));
+  return {x.x, x.y, x.z, x.w};
+}
+
+// How many of a run's keys count, from a place on. Synchronizes.
+__device__ __forceinline__ int CountSeenOfRun(const SegmentedParams& params, int head, int begin,
+                                              const SegmentRun& run) {
+  const uint8_t* seen = SeenBy(params, head);
+  const int32_t* order = params.order + head / params.kv_heads * params.key_id_stride;
+  int count = 0;
+#pragma unroll 1
+  for (int first = begin; first < run.end; first += blockDim.x) {
+    const int place = first + threadIdx.x;
+    count += __syncthreads_count(
+        place < run.end && __ldg(seen + (run.position < 0 ? __ldg(order + place)
+                                                          : run.position + place - begin)) != 0);
+  }
+  return count;
+}
+
 // Statistics of a part of a head's sorted keys, `begin` to `end` - 1.
 template <Tensor kTensor, class In, int kAccess, int kHeadDim>
 __device__ __forceinline__ void MakePart(const SegmentedParams& params, const Plan& plan,
                                          Ring<In, kHeadDim>& ring, SharedPart<kHeadDim>& shared,
                                          int head, int part, int begin, int end) {
-  const int64_t batch = head / params.kv_heads;
-  const int32_t* ids = SortedIds(params, head);
-  const int32_t* order = params.order + batch * params.key_id_stride;
-  const int32_t* key_slots = params.key_slots + batch * params.length_kv;
-  const int32_t* slot_ends = params.slot_ends + batch * params.length_kv;
-  const uint8_t* seen = SeenBy(params, head);
-  const int64_t unit = 2 * static_cast<int64_t>(head) + kTensor;
-  int* bad =
-      params.first_bad +
-      (head * static_cast<int64_t>(kBadRows) + (kTensor == kKey ? kBadKey : kBadValue)) * kHeadDim;
-  const int c = threadIdx.x;
-  int next;
+  int* bad = FirstBad<kTensor, kHeadDim>(params, head);
 #pragma unroll 1
-  for (int run = begin; run < end; run = next) {
-    const int position = __ldg(order + run);
-    next = EndOfRun(ids, run, end);
-    // The tokens of a run are in order. Most often they lie one behind the other, and all count:
-    // they are on their way while that is found out.
-    using T = Tokens<In, (kAccess | kExtremaOfAll) & ~kSomeSeen, kHeadDim>;
-    T tokens = TokensOf<kTensor, T>(params, head);
-    tokens.length = min(position + next - run, params.length_kv);
-    Stream<kTensor, T> stream(tokens, ring, position, tokens.length, false);
-    const int slot = __ldg(key_slots + position);
-    const int last = (__ldg(slot_ends + slot) - 1) / plan.tokens_per_part;
-    const int first = slot / plan.tokens_per_part;
-    const bool together = __ldg(order + next - 1) - position == next - 1 - run;
-    int count = next - run;
-    if (seen != nullptr) {
-      count = 0;
-#pragma unroll 1
-      for (int i = run; i < next; i += kThreads<kHeadDim>) {
-        const int place = i + threadIdx.x;
-        count += __syncthreads_count(
-            place < next &&
-            __ldg(seen + (together ? position + place - run : __ldg(order + place))) != 0);
-      }
+  while (begin < end) {
+    const SegmentRun run = LoadRun(params, head, begin);
+    int count = run.end - begin;
+    if (params.seen != nullptr) count = CountSeenOfRun(params, head, begin, run);
+    Statistics of_thread;
+    if (run.position >= 0 && count == run.end - begin) {
+      using T = Tokens<In, (kAccess | kExtremaOfAll) & ~kSomeSeen, kHeadDim>;
+      T tokens = TokensOf<kTensor, T>(params, head);
+      tokens.length = run.position + count;
+      Stream<kTensor, T> stream(tokens, ring, run.position, tokens.length, false);
+      of_thread = StatisticsOf<kTensor>(tokens, stream, run.position, tokens.length, bad);
+    } else {
+      using Scattered = Tokens<In, kAccess | kExtremaOfAll | kSorted, kHeadDim>;
+      of_thread =
+          StatisticsOfScattered<kTensor, Scattered>(params, ring, head, begin, run.end, bad);
     }
     __syncthreads();  // all have read `shared`
-    Statistics of_thread;
-    if (together && count == next - run) {
-      of_thread = StatisticsOf<kTensor>(tokens, stream, position, tokens.length, bad);
-    } else {
-      ptx::CopyAsyncWait<0>();
-      using Scattered = Tokens<In, kAccess | kExtremaOfAll | kSorted, kHeadDim>;
-      of_thread = StatisticsOfScattered<kTensor, Scattered>(params, ring, head, run, next, bad);
-    }
-    const ChannelStatistics all = Combine<true>(shared.statistics, of_thread);
-    if (first == last) {
-      FinishSlot<kTensor>(params, shared, head, slot, count, all);
-      continue;
-    }
-    const Piece piece = first == part ? kBegun : kContinued;
-    if (c < kHeadDim) {
-      float* out =
-          params.partials + (FirstPart(params, head, piece) + part) * (kPartialRows * kHeadDim) + c;
-      out[Rows<kTensor>::kSum * kHeadDim] = all.sum;
-      out[Rows<kTensor>::kMax * kHeadDim] = all.max;
-      out[Rows<kTensor>::kMin * kHeadDim] = all.min;
-    }
-    if (c == 0) params.piece_counts[FirstPart(params, unit, piece) + part] = count;
-    __syncthreads();  // before the arrival: what it releases; after: the use of `shared`
-    if (c == 0) {
-      const Arrivals pieces(params.piece_arrivals[unit * params.parts + first]);
-      shared.statistics.is_last = pieces.fetch_add(1, cuda::memory_order_acq_rel) == last - first;
-    }
-    __syncthreads();
-    if (shared.statistics.is_last) JoinPieces<kTensor>(params, shared, head, slot, first, last);
+    AddPiece<kTensor>(params, plan, shared, head, part, run.slot, run.slot_end, count,
+                      Combine<true>(shared.statistics, of_thread));
+    begin = run.end;
   }
   __syncthreads();
-  if (c == 0) {
-    const Arrivals arrivals(params.arrivals[unit]);
+  if (threadIdx.x == 0) {
+    const Arrivals arrivals(params.arrivals[2 * static_cast<int64_t>(head) + kTensor]);
     arrivals.fetch_add(1, cuda::memory_order_release);
   }
 }
@@ -346,8 +397,8 @@ __device__ __noinline__ void MakeMixedCodes(const SegmentedParams& params, Ring&
 }
 template <Tensor kTensor, class In, int kAccess, int kHeadDim>
 __device__ __forceinline__ void MakeCodes(const SegmentedParams& params, Ring<In, kHeadDim>& ring,
-                                          SharedCodes<kHeadDim>& shared, int head, int begin,
-                                          int end) {
+                                          SharedCodes<kHeadDim>& shared, int head, int part,
+                                          int begin, int end) {
   // On their way while it is found out.
   using T = Tokens<In, kAccess & ~kSomeSeen, kHeadDim>;
   const T tokens = TokensOf<kTensor, T>(params, head);
@@ -359,9 +410,9 @@ __device__ __forceinline__ void MakeCodes(const SegmentedParams& params, Ring<In
     count = CountSeen(TokensOf<kTensor, Seen>(params, head), begin, end_token);
   }
   const Slots<kTensor, kHeadDim> slots(params, head);
-  const int slot = slots.OfRange(begin, end_token);
+  const int slot = __ldg(params.part_slots + head / params.kv_heads * int64_t{params.parts} + part);
   WaitForStatistics(params, head, kTensor);
-  if (count < end_token - begin || slot == slots.kMixed) {
+  if (count < end_token - begin || slot == kMixedSlots) {
     ptx::CopyAsyncWait<0>();
     MakeMixedCodes<kTensor, Seen>(params, ring, shared, head, begin, end);
   } else if constexpr (kTensor == kKey) {
@@ -384,16 +435,16 @@ __device__ __noinline__ void MakeMixedQueryCodes(const SegmentedParams& params, 
   MakeQueryCodes(params, stream, item, means);
 }
 template <class In, int kAccess, int kHeadDim>
-__device__ __forceinline__ void MakeQueryCodes(const SegmentedParams& params,
+__device__ __forceinline__ void MakeQueryCodes(const SegmentedParams& params, const Plan& plan,
                                                Ring<In, kHeadDim>& ring, int number) {
   using T = Tokens<In, kAccess & ~kSomeSeen, kHeadDim>;
-  const QueryItem item = QueryItemOf<In, kHeadDim>(params, number);
+  const QueryItem item = QueryItemOf<In, kHeadDim>(params, plan, number);
   const T queries = QueriesOf<T>(params, item.head);
   Stream<kQuery, T> stream(queries, ring, item.begin, item.end, true);
   const Slots<kQuery, kHeadDim> slots(params, item.kv_head);
-  const int slot = slots.OfRange(item.begin, item.end);
+  const int slot = slots.OfQueries(item.begin, item.end);
   WaitForStatistics(params, item.kv_head, kKey);
-  if (slot == slots.kMixed) {
+  if (slot == kMixedSlots) {
     ptx::CopyAsyncWait<0>();
     MakeMixedQueryCodes<T>(params, ring, item);
     return;
@@ -423,7 +474,7 @@ __device__ __forceinline__ void MakeItem(const SegmentedParams& params, const Pl
   if (!is_codes) {
     MakePart<kTensor, In, kAccess>(params, plan, shared.ring, shared.part, head, part, begin, end);
   } else if (begin < end) {
-    MakeCodes<kTensor, In, kAccess>(params, shared.ring, shared.codes, head, begin, end);
+    MakeCodes<kTensor, In, kAccess>(params, shared.ring, shared.codes, head, part, begin, end);
   }
 }
 
@@ -442,7 +493,7 @@ __global__ void __launch_bounds__(kThreads<kHeadDim>, kCtasPerSm<In, kAccess, kH
   auto& shared = *reinterpret_cast<SharedSegments<In, kHeadDim>*>(dynamic);
   const auto [item, is_codes] = TurnOf(plan, blockIdx.x);
   if (item >= plan.items) {
-    MakeQueryCodes<In, kAccess, kHeadDim>(params, shared.ring, item - plan.items);
+    MakeQueryCodes<In, kAccess, kHeadDim>(params, plan, shared.ring, item - plan.items);
     return;
   }
   const int unit = item / params.parts, part = item % params.parts;
@@ -509,20 +560,19 @@ cudaError_t LaunchSegments(const SegmentedParams& params, cudaStream_t stream) {
   const auto ceil_div = [](int64_t x, int64_t y) { return (x + y - 1) / y; };
   const int64_t units = 2 * params.batch * params.kv_heads;
   const int64_t items = units * params.parts;
-  const int64_t query_items =
-      params.batch * params.heads * ceil_div(params.padded_q, kQueriesOfItem<In, kHeadDim>);
+  const Plan plan = PlanOf<In>(params, kTokens, sms);
+  const int64_t query_items = params.batch * params.heads * plan.query_items;
   const int64_t query_blocks = params.batch * ceil_div(params.padded_q, kSlotThreads);
   const int64_t keys = params.batch * params.length_kv;
-  const int64_t initialized = units * std::max(kHeadDim, params.parts);
+  const int64_t initialized = units * std::max<int>(kHeadDim, params.parts);
   const int64_t slot_blocks = query_blocks + ceil_div(keys + initialized, kSlotThreads);
   const int64_t channel_blocks = units / 2 * ceil_div(params.length_kv, kThreads<kHeadDim>);
   if (std::max({2 * items + query_items, slot_blocks, channel_blocks}) > INT32_MAX) {
     return cudaErrorInvalidConfiguration;
   }
-  const Plan plan = PlanOf<In>(params, kTokens, sms);
   const auto blocks = [](int64_t count) { return static_cast<unsigned>(count); };
-  FindSlots<<<blocks(slot_blocks), kSlotThreads, 0, stream>>>(params, query_blocks);
-  error = cudaGetLastError();
+  error = LaunchOverlapping(FindSlots, blocks(slot_blocks), kSlotThreads, 0, stream, params,
+                            query_blocks, plan.tokens_per_part);
   if (error != cudaSuccess) return error;
   error = LaunchOverlapping(kernel, blocks(2 * items + query_items), kThreads<kHeadDim>,
                             kSharedBytes, stream, params, plan);

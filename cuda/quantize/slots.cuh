@@ -28,27 +28,27 @@ struct SlotMean {
 template <Tensor kTensor, int kHeadDim>
 class Slots {
  public:
-  static constexpr int kMixed = -2;
-
   __device__ __forceinline__ Slots(const SegmentedParams& params, int kv_head)
       : params_(params),
+        batch_(kv_head / params.kv_heads),
         first_slot_(kv_head * static_cast<int64_t>(params.length_kv)),
         of_tokens_((kTensor == kQuery ? params.query_slots : params.key_slots) +
-                   kv_head / params.kv_heads * static_cast<int64_t>(Length())) {}
+                   batch_ * static_cast<int64_t>(Length())) {}
 
   // -1: no key has the query's id.
   __device__ __forceinline__ int Of(int token) const {
     return __ldg(of_tokens_ + min(token, Length() - 1));
   }
-  // That of all tokens `begin` to `end` - 1, or kMixed. Synchronizes.
-  __device__ __forceinline__ int OfRange(int begin, int end) const {
-    const int slot = Of(begin);
-    bool alike = true;
-#pragma unroll 1
-    for (int token = begin + threadIdx.x; token < end; token += blockDim.x) {
-      alike = alike && Of(token) == slot;
+  // That of all queries `begin` to `end` - 1, or kMixedSlots. `begin`: a multiple of
+  // kQueriesOfSlots.
+  __device__ __forceinline__ int OfQueries(int begin, int end) const {
+    const int blocks = (Length() + kQueriesOfSlots - 1) / kQueriesOfSlots;
+    const int32_t* of_blocks = params_.block_slots + batch_ * static_cast<int64_t>(blocks);
+    const int slot = __ldg(of_blocks + begin / kQueriesOfSlots);
+    for (int next = begin + kQueriesOfSlots; next < end; next += kQueriesOfSlots) {
+      if (__ldg(of_blocks + next / kQueriesOfSlots) != slot) return kMixedSlots;
     }
-    return __syncthreads_and(alike) ? slot : kMixed;
+    return slot;
   }
 
   // The least slot of the tokens `begin` to `end` - 1, up to one a thread, that is greater than
@@ -102,6 +102,7 @@ class Slots {
   }
 
   const SegmentedParams& params_;
+  int batch_;
   int64_t first_slot_;
   const int32_t* of_tokens_;
 };

@@ -1,3 +1,5 @@
+#include "common/layout.h"
+#include "common/overlap.cuh"
 #include "quantize/sort_ids.h"
 
 namespace jax_sage {
@@ -40,8 +42,30 @@ __device__ __forceinline__ int SumBefore(int x, int (&sums)[kThreads / 32], int&
   return before + sum - x;
 }
 
+// Of the ids from `first` on, of which each thread has kMostOfThread.
+__device__ __forceinline__ void StoreRanges(const SortParams& params, int first, int2 range) {
+  const int64_t tiles = (params.length + kMaskKeys - 1) / kMaskKeys;
+  const auto widen = [&](int ids) {
+    const int offset = ids / kMostOfThread;
+    range.x = min(range.x, __shfl_xor_sync(~0u, range.x, offset));
+    range.y = max(range.y, __shfl_xor_sync(~0u, range.y, offset));
+  };
+  const bool is_one = first < tiles * kMaskKeys;
+#pragma unroll
+  for (int ids = kMostOfThread; ids < kMaskRows; ids *= 2) widen(ids);
+  static_assert(kMaskKeys == 2 * kMaskRows && kMaskRows % kMostOfThread == 0);
+  if (is_one && first % kMaskRows == 0) {
+    params.group_ranges[blockIdx.x * (2 * tiles) + first / kMaskRows] = range;
+  }
+  widen(kMaskRows);
+  if (is_one && first % kMaskKeys == 0) {
+    params.tile_ranges[blockIdx.x * tiles + first / kMaskKeys] = range;
+  }
+}
+
 // A CTA sorts the ids of a batch entry: not the tokens but their runs, which are few as a rule.
 __global__ void __launch_bounds__(kThreads) SortIds(const SortParams params) {
+  LetNextStart();
   extern __shared__ uint4 dynamic[];
   Shared& shared = *reinterpret_cast<Shared*>(dynamic);
   Runs& runs = shared.runs;
@@ -51,11 +75,17 @@ __global__ void __launch_bounds__(kThreads) SortIds(const SortParams params) {
   // The runs, of a few neighbouring tokens by each thread.
   const int first = threadIdx.x * kMostOfThread;
   uint32_t begins = 0;  // bits of tokens that begin a run
+  int32_t last = ids[min(max(first - 1, 0), length - 1)];
+  int2 range = make_int2(INT32_MAX, INT32_MIN);
 #pragma unroll
   for (int i = 0; i < kMostOfThread; ++i) {
     const int token = first + i;
-    if (token < length && (token == 0 || ids[token - 1] != ids[token])) begins |= 1u << i;
+    const int32_t id = ids[min(token, length - 1)];
+    if (token < length && (token == 0 || last != id)) begins |= 1u << i;
+    range = make_int2(min(range.x, id), max(range.y, id));
+    last = id;
   }
+  StoreRanges(params, first, range);
   int count;
   int run = SumBefore(__popc(begins), shared.sums, count);
   for (; begins != 0; begins &= begins - 1, ++run) {

@@ -15,6 +15,10 @@ struct SortParams {
   int32_t* sorted_ids;  // [B, S]
   int32_t* order;       // [B, S]: whose they are; of equal ids in the order of the tokens
   int32_t* scattered;   // [B]: whether the tokens of some id do not lie one behind the other
+  // The least and greatest of kMaskRows ids and of kMaskKeys, as in MaskParams; the last stands for
+  // what is behind it, up to a multiple of kMaskKeys.
+  int2* group_ranges;
+  int2* tile_ranges;
   int64_t batch;
   int length;
 };

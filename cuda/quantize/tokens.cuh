@@ -55,7 +55,9 @@ struct Plan {
   int items;
   int lead;  // items of statistics ahead of the first codes: a unit's at least
   int tokens_per_part;
-  float per_token;  // 1 / length_kv
+  float per_token;      // 1 / length_kv
+  Divisor query_items;  // of a head
+  Divisor group;        // query heads for each of K and V
 };
 
 // Items of statistics ahead of the codes, for each SM. With fewer, codes wait for statistics that
@@ -63,6 +65,7 @@ struct Plan {
 template <class In>
 constexpr int kLeadPerSm = sizeof(In) == 4 ? 1 : 2;
 
+constexpr int kChunksOfQueries = 4;  // of an item of Q
 // tokens: of a chunk, of which parts are made.
 template <class In>
 Plan PlanOf(const QuantizeParams& params, int tokens, int sms) {
@@ -70,7 +73,10 @@ Plan PlanOf(const QuantizeParams& params, int tokens, int sms) {
   const int chunks = (params.length_kv - 1) / tokens + 1;
   return {static_cast<int>(items),
           static_cast<int>(std::min<int64_t>(items, params.parts + kLeadPerSm<In> * sms)),
-          ((chunks - 1) / params.parts + 1) * tokens, static_cast<float>(1.0 / params.length_kv)};
+          ((chunks - 1) / params.parts + 1) * tokens,
+          static_cast<float>(1.0 / params.length_kv),
+          (params.padded_q - 1) / (kChunksOfQueries * tokens) + 1,
+          params.heads / params.kv_heads};
 }
 
 // Of a kernel that waits for others of its CTAs: how many SMs it has.
@@ -218,7 +224,7 @@ struct Tokens {
   __device__ static int Row() { return threadIdx.x / kThreadsPerRow; }
   __device__ static int Channel() { return threadIdx.x % kThreadsPerRow * kVector; }
 
-  __device__ Tokens(const void* tensor, int head, int heads, int length, int head_dim,
+  __device__ Tokens(const void* tensor, int head, const Divisor& heads, int length, int head_dim,
                     const uint8_t* seen)
       : data(static_cast<const In*>(tensor)),
         seen(seen),

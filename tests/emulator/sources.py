@@ -81,7 +81,10 @@ def poison_results(source: str) -> str:
             "  IntervalParams params{};\n",
             ["(*rows)", "(*groups)", "(*seen)", "(*per_counted_key)"],
         ),
-        ("  SortParams params{};\n", ["(*sorted_ids)", "(*order)", "(*scattered)"]),
+        (
+            "  SortParams params{};\n",
+            ["(*sorted_ids)", "(*order)", "(*scattered)", "(*group_ranges)", "(*tile_ranges)"],
+        ),
     ):
         assert source.count(place) == 1, place
         poison = "".join(
