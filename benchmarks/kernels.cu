@@ -93,7 +93,7 @@ struct Arrays {
 
   void Set(const Shape& shape, bool fp8) {
     QuantizeParams& p = quantize;
-    p.batch = shape.batch, p.heads = p.kv_heads = shape.heads;
+    p.batch = shape.batch, p.heads = p.kv_heads = Divisor(shape.heads);
     p.length_q = p.length_kv = shape.length;
     p.padded_q = (shape.length + kBlockQ - 1) / kBlockQ * kBlockQ;
     p.padded_kv = (shape.length + kBlockKv - 1) / kBlockKv * kBlockKv;
@@ -101,7 +101,7 @@ struct Arrays {
     // As in jax_sage/lowering_cuda.py.
     const int units = 2 * shape.batch * shape.heads;
     const int most = std::min(std::max(64, 1024 / units), 256);
-    p.parts = std::min((shape.length * shape.head_dim + 32767) / 32768, most);
+    p.parts = Divisor(std::min((shape.length * shape.head_dim + 32767) / 32768, most));
     p.scale_log2 = static_cast<float>(M_LOG2E / std::sqrt(shape.head_dim));
     p.q_scale_factor = p.scale_log2 / kInt8Max;
     p.fp8_value = fp8;

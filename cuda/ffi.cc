@@ -210,15 +210,15 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remai
     params.arrivals = Data<int32_t>(out[10]);
   }
   params.batch = sizes.batch;
-  params.heads = static_cast<int>(sizes.heads);
-  params.kv_heads = static_cast<int>(sizes.kv_heads);
+  params.heads = Divisor(static_cast<int>(sizes.heads));
+  params.kv_heads = Divisor(static_cast<int>(sizes.kv_heads));
   params.length_q = static_cast<int>(sizes.length_q);
   params.length_kv = static_cast<int>(sizes.length_kv);
   params.padded_q = static_cast<int>(sizes.padded_q);
   params.padded_kv = static_cast<int>(sizes.padded_kv);
   params.head_dim = static_cast<int>(sizes.head_dim);
   params.padded_head_dim = static_cast<int>(sizes.padded_head_dim);
-  params.parts = static_cast<int>(sizes.parts);
+  params.parts = Divisor(static_cast<int>(sizes.parts));
   params.scale_log2 = scale_log2;
   params.q_scale_factor = static_cast<float>(std::fabs(static_cast<double>(scale_log2)) / kInt8Max);
   params.smooth_k = smooth_k != 0;

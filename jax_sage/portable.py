@@ -91,7 +91,7 @@ def attention(
         value,
         scale_log2=scale_log2,
         recipe=recipe,
-        seen=None if view.sees_everything() else view.seen_keys(),
+        seen=None if view.sees_all_keys() else view.seen_keys(),
         segments=segments,
         switches=switches,
     )

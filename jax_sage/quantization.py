@@ -8,6 +8,9 @@ to {2j, 2j+1} modulo 8, j = 0..3. Those are the columns that one thread holds of
 ``mma.m16n8`` as well as of ``wgmma.m64nN``, so a thread multiplies its scores by one number per
 row. V: one scale per channel over the sequence.
 
+K's mean is that of half the keys (:func:`is_sample`): to read the others takes time, and any vector
+may be subtracted.
+
 Keys that no query sees (``seen``) do not count: their codes are zero, and nothing depends on what
 they hold. Segments that do not see each other have statistics of their own: means, V's scales, and
 for K a power of two that brings every segment to the same size and goes into the scales of the
@@ -125,6 +128,17 @@ def look_up(table: jax.Array, index: jax.Array | None) -> jax.Array:
     return jnp.take_along_axis(table, index[..., None, :, None], axis=-2)
 
 
+def is_sample(number: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+    """Whether K's mean is also of the keys with these numbers: the first or last 32 of each 64.
+
+    Which of them is the parity of the block's number in binary. That has no period, so in images
+    with rows of any width all columns are sampled about evenly.
+    """
+    count_bits = np.bitwise_count if isinstance(number, np.ndarray) else lax.population_count
+    last_half = count_bits(number // BLOCK_KV) % 2
+    return number // (BLOCK_KV // 2) % 2 == last_half
+
+
 def _mean(total: jax.Array, one_over_count: jax.Array | np.float32) -> jax.Array:
     """0 where it is too large to be subtracted."""
     mean = total * one_over_count
@@ -199,16 +213,27 @@ def quantize(
     q, k, v = (jnp.swapaxes(x, -2, -3).astype(jnp.float32) for x in (query, key, value))
     *batch, kv_heads, length, head_dim = k.shape
     k, v = _finite_or_zero(k), _finite_or_zero(v)
-    one_over_count: jax.Array | np.float32
-    if seen is None and segments is None:
-        one_over_count = _f32(1 / length)
-    else:
-        counted = jnp.ones_like(k[..., :1]) if seen is None else seen[..., None]
-        counted = jnp.broadcast_to(counted.astype(jnp.float32), (*batch, kv_heads, length, 1))
-        one_over_count = _f32(1) / jnp.maximum(_total(counted, segments), _f32(1))
 
-    def only_seen(x: jax.Array) -> jax.Array:
-        return x if seen is None else jnp.where(seen[..., None], x, _f32(0))
+    def one_over(counted: np.ndarray | jax.Array) -> jax.Array | np.float32:
+        """1 / how many of the tokens, bool [*B, K, S] or with ones."""
+        if isinstance(counted, np.ndarray) and segments is None:
+            return _f32(1) / _f32(np.count_nonzero(counted))
+        ones = jnp.broadcast_to(counted, (*batch, kv_heads, length))[..., None]
+        return _f32(1) / jnp.maximum(_total(ones.astype(jnp.float32), segments), _f32(1))
+
+    def only(counted: np.ndarray | jax.Array, x: jax.Array) -> jax.Array:
+        if isinstance(counted, np.ndarray) and counted.all():
+            return x
+        return jnp.where(counted[..., None], x, _f32(0))
+
+    counted = np.ones(length, bool) if seen is None else seen
+    one_over_count = one_over(counted)
+    if segments is None:
+        samples = counted & is_sample(np.arange(length))
+    elif seen is None:
+        samples = is_sample(segments.number)[..., None, :]
+    else:  # a segment might have no sample that is seen
+        samples = counted
 
     key_index = query_index = None
     if segments is not None:
@@ -219,7 +244,7 @@ def quantize(
     q_dot_mean = jnp.zeros(q.shape[:-1], jnp.float32)
     v_average: jax.Array | None = None
     if recipe.smooth_k:
-        k_mean = _round_bf16(_mean(_total(only_seen(k), segments), one_over_count))
+        k_mean = _round_bf16(_mean(_total(only(samples, k), segments), one_over(samples)))
         k_mean = choose(switches.rough_k, jnp.zeros_like(k_mean), k_mean)
         grouped_q = q.reshape(*batch, kv_heads, -1, *q.shape[-2:])
         means = look_up(k_mean, query_index)  # [*B, K, T or 1, H]
@@ -232,17 +257,18 @@ def quantize(
         ).reshape(q.shape[:-1])
         k = k - look_up(k_mean, key_index)
     if recipe.smooth_v:
-        v_average = _mean(_total(only_seen(v), segments), one_over_count)
+        v_average = _mean(_total(only(counted, v), segments), one_over_count)
         v_average = choose(switches.rough_v, jnp.zeros_like(v_average), v_average)
         v = v - look_up(_round_bf16(v_average), key_index)
-    k, v = only_seen(k), only_seen(v)
+    k, v = only(counted, k), only(counted, v)
 
     q_codes, q_scale = quantize_query(q, scale_log2)
     # NaN marks a query that is not finite.
     exact_scale = jnp.where(jnp.isnan(q_scale), q_scale, _f32(scale_log2))
     q_scale = choose(switches.exact_qk, exact_scale, q_scale)
     if segments is not None:
-        size = _power_of_two(jnp.max(_absmax(k, segments), axis=-1, keepdims=True))
+        absmax = _absmax(only(samples, k), segments)
+        size = _power_of_two(jnp.max(absmax, axis=-1, keepdims=True))
         k = k / look_up(size, key_index)
         of_query = jnp.swapaxes(look_up(size, query_index), -1, -2)  # [*B, K, 1, T]
         shape = (*batch, kv_heads, -1, q.shape[-2])

@@ -85,10 +85,10 @@ def portable_codes(q, k, v, recipe, seen=None):
     result = {name: np.asarray(x) for name, x in expected._asdict().items()}
     result["v"] = result["v"].astype(np.float32)
     result["v_scale"], result["v_offset"] = (result[n][..., 0, :] for n in ("v_scale", "v_offset"))
-    # Of the first key, by head, that is not finite; and of the first value or key, by channel.
+    # Of the first key, by head, that is not finite; and of the first value, by channel.
     bad_k, bad_v = (np.moveaxis(~np.isfinite(x), -3, -2) & counted[..., None] for x in (k, v))
     bad_k = bad_k.any(-1, keepdims=True)
-    for name, bad in (("first_bad_k", bad_k), ("first_bad", bad_v | bad_k)):
+    for name, bad in (("first_bad_k", bad_k), ("first_bad", bad_v)):
         first = np.where(bad.any(-2), bad.argmax(-2), np.iinfo(np.int32).max)
         result[name] = first[..., 0] if name == "first_bad_k" else first
     return result

@@ -145,7 +145,9 @@ __device__ __forceinline__ void PrepareOutput(OutputTable<kHeadDim>& table,
     // 0: nothing was taken from V, and nothing is given back.
     table.offset[c] = average == 0 ? 0 : average - scale * code_mean;
     if constexpr (!kBySlot) {
-      table.first_bad[c] = is_marked ? kNever : first_bad[kBadValue * kChannels + c];
+      table.first_bad[c] =
+          is_marked ? kNever
+                    : min(first_bad[kBadKey * kChannels], first_bad[kBadValue * kChannels + c]);
     }
   }
 }

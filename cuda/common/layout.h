@@ -68,7 +68,8 @@ enum SlotRow : int {
   kSlotRows = 2,
 };
 
-// Rows of the `first_bad` buffer [B, K, 2, Hc]. With segments only the least of all is exact.
+// Rows of the `first_bad` buffer [B, K, 2, Hc]: first positions that are not finite, of V by
+// channel, of K in channel 0. With segments only the least of all is exact.
 enum BadRow : int { kBadKey = 0, kBadValue = 1, kBadRows = 2 };
 
 enum class DType : int { kF16, kBf16, kF32 };

@@ -163,6 +163,13 @@ __device__ __forceinline__ float Exp2(float x) {
   return y;
 }
 
+// The greater, or NaN if one of them is.
+__device__ __forceinline__ float MaxOrNan(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
 // Four floats to E4M3, x0 in the lowest byte. Round to nearest even; NaN stays NaN.
 __device__ __forceinline__ uint32_t PackE4m3(float x0, float x1, float x2, float x3) {
   uint32_t packed;

@@ -24,8 +24,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t unit = static_cast<int64_t>(batch) * attention.kv_heads + kv_head;
   const int c = threadIdx.x;
 
-  // The first of all channels; that of V is of the key too. Attention lets this launch start when
-  // the quantization has ended: what that has found is there, and only outputs are waited for.
+  // The first of all channels. Attention lets this launch start when the quantization has ended:
+  // what that has found is there, and only outputs are waited for.
   __shared__ int first_key;
   if (c == 0) first_key = kNever;
   __syncthreads();

@@ -217,21 +217,38 @@ __device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params, co
   float values[kPasses][kVector];  // without their means
 #pragma unroll
   for (int block = 0; block < shared.kBlocks; ++block) {
-    float absmax = 0;
+    float absmax = 0;  // or NaN
 #pragma unroll
     for (int i = 0; i < kPassesPerBlock; ++i) {
       const int pass = block * kPassesPerBlock + i;
       means.Select(pass);
       ToFloats(values[pass], x[pass]);
-      const bool counts = tokens.Counts(first + T::template RowOfPass<kKey>(pass));
-      float row_absmax = 0;
+      const int token = first + T::template RowOfPass<kKey>(pass);
+      const bool counts = tokens.Counts(token);
+      const auto find_absmax = [&] {
+        float row_absmax = 0;
+#pragma unroll
+        for (float value : values[pass]) row_absmax = ptx::MaxOrNan(row_absmax, fabsf(value));
+        return row_absmax;
+      };
 #pragma unroll
       for (int c = 0; c < kVector; ++c) {
         float& value = values[pass][c];
         value = means.Center(value, c);
         // By the size of a segment that it does not count in it may have become infinite.
         if (Means::kBySlot && !counts) value = 0;
-        row_absmax = fmaxf(row_absmax, fabsf(value));
+      }
+      float row_absmax = find_absmax();
+      if (!(row_absmax < kInf)) {  // rare: as if zeros were there
+        atomicMin(params.first_bad + head * static_cast<int64_t>(kBadRows * kHeadDim) +
+                      kBadKey * kHeadDim,
+                  tokens.Position(token));
+#pragma unroll
+        for (int c = 0; c < kVector; ++c) {
+          float& value = values[pass][c];
+          if (!isfinite(value)) value = means.Center(0, c);
+        }
+        row_absmax = find_absmax();
       }
       if (counts) absmax = fmaxf(absmax, row_absmax);
     }
@@ -300,14 +317,11 @@ __device__ __forceinline__ void MakeKeyCodes(const QuantizeParams& params,
                                              SharedKey<kHeadDim>& shared, const T& tokens,
                                              Stream<kKey, T>& stream, int head, int begin, int end,
                                              Means& means) {
-  const bool is_bad = __ldcg(params.first_bad + head * static_cast<int64_t>(kBadRows * kHeadDim) +
-                             kBadKey * kHeadDim) != kNever;
 #pragma unroll 1
   for (int first = begin; first < end; first += T::kTokens) {
     Vector<typename T::Element> x[kPasses];
     stream.Next(x);
     if (ChunkCounts<kKey>(tokens, first)) {  // and all have read `shared`
-      if (is_bad) MakeFinite(x);
       means.Next(first);
       KeyCodesOfChunk<T>(params, tokens, shared, head, first, x, means);
     } else {

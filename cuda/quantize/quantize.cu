@@ -46,24 +46,48 @@ struct Part {
   bool is_codes;   // else its statistics are made
 };
 
+// Of K those of its samples.
 template <Tensor kTensor, class In, int kAccess, int kHeadDim>
-__device__ __forceinline__ void MakePart(const QuantizeParams& params, const Plan& plan,
-                                         Shared<In, kHeadDim>& shared, const Part& part) {
+__device__ __forceinline__ void MakeStatistics(const QuantizeParams& params, const Plan& plan,
+                                               Shared<In, kHeadDim>& shared, const Part& part) {
+  using T = Tokens<In, kTensor == kKey ? kAccess | kSampled : kAccess, kHeadDim>;
+  T tokens = TokensOf<kTensor, T>(params, part.head);
+  int begin = part.begin, end = part.end;
+  int count = 0;
+  if constexpr (kTensor == kKey) {
+    begin = SamplesOf(begin), end = tokens.length = SamplesOf(end);
+    count = end - begin;
+  }
+  Stream<kTensor, T> stream(tokens, shared.ring, begin, end, false);
+  if constexpr (kTensor == kKey && T::kHasUnseen) count = CountSeen(tokens, begin, end);
+  MakeStatistics<kTensor>(params, plan, shared.of_item.statistics, tokens, stream, part.head,
+                          part.number, begin, end, count);
+}
+
+template <Tensor kTensor, class In, int kAccess, int kHeadDim>
+__device__ __forceinline__ void MakeCodes(const QuantizeParams& params,
+                                          Shared<In, kHeadDim>& shared, const Part& part) {
+  if (part.begin == part.end) return;
   using T = Tokens<In, kAccess, kHeadDim>;
   const T tokens = TokensOf<kTensor, T>(params, part.head);
-  Stream<kTensor, T> stream(tokens, shared.ring, part.begin, part.end, part.is_codes);
-  if (!part.is_codes) {
-    MakeStatistics<kTensor>(params, plan, shared.of_item.statistics, tokens, stream, part.head,
-                            part.number, part.begin, part.end);
-  } else if (part.begin == part.end) {
-    return;
-  } else if constexpr (kTensor == kKey) {
+  Stream<kTensor, T> stream(tokens, shared.ring, part.begin, part.end, true);
+  if constexpr (kTensor == kKey) {
     OneMean mean = MeanOf<T>(params, part.head);
     MakeKeyCodes(params, shared.of_item.key, tokens, stream, part.head, part.begin, part.end, mean);
   } else {
     WaitForStatistics(params, part.head, kValue);
     MakeValueCodes(params, shared.of_item.value, tokens, stream, part.head, part.begin, part.end,
                    OneValue<kHeadDim>{params, part.head});
+  }
+}
+
+template <Tensor kTensor, class In, int kAccess, int kHeadDim>
+__device__ __forceinline__ void MakePart(const QuantizeParams& params, const Plan& plan,
+                                         Shared<In, kHeadDim>& shared, const Part& part) {
+  if (part.is_codes) {
+    MakeCodes<kTensor, In, kAccess>(params, shared, part);
+  } else {
+    MakeStatistics<kTensor, In, kAccess>(params, plan, shared, part);
   }
 }
 

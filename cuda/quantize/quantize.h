@@ -13,7 +13,7 @@ namespace jax_sage {
 // A positive number by which others, from 0 to 2^31 - 1, are divided: by a product and a shift.
 class Divisor {
  public:
-  JAX_SAGE_HOST_DEVICE constexpr Divisor(int value = 1) : value_(value) {
+  JAX_SAGE_HOST_DEVICE constexpr explicit Divisor(int value = 1) : value_(value) {
     while (int64_t{1} << shift_ < value) ++shift_;
     // 2^(32 + shift) / value, rounded up, less 2^32: so it fits.
     const uint64_t excess = (uint64_t{1} << shift_) - static_cast<uint64_t>(value);
@@ -76,8 +76,9 @@ struct QuantizeParams {
   bool skip_unseen;  // no codes of parts that nobody sees; otherwise zeros
 };
 
-// Rows of `partials`: per channel and part, sums of K and V, extrema of V, and the first positions
-// that are not finite (bits of an int32); with segments extrema of K in place of the positions.
+// Rows of `partials`: per channel and part, sums of K and V, extrema of V, the first positions of V
+// that are not finite, and the number of K's samples (bits of an int32); with segments extrema of K
+// in place of these two.
 constexpr int kPartialRows = 6;
 
 // In place of a slot: not all have the same.

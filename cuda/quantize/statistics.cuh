@@ -11,13 +11,13 @@ namespace jax_sage::quantize {
 
 enum PartialRow : int {
   kSumK,
-  kBadK,
+  kCountK,
   kSumV,
   kBadV,
   kMaxV,
   kMinV,
   // With segments:
-  kMaxK = kBadK,
+  kMaxK = kCountK,
   kMinK = kBadV,
 };
 
@@ -25,7 +25,8 @@ template <int kHeadDim>
 struct SharedStatistics {
   static constexpr int kRows = kThreads<kHeadDim> * kVector / kHeadDim;
   alignas(16) float x[kRows][kHeadDim];  // sums, maxima, minima by turns
-  int bad[kHeadDim];  // a key that is not finite counts in all channels, and is kept in the first
+  int bad[kHeadDim];                     // first positions of V that are not finite
+  int count;                             // samples of K that count
   bool is_last;
 };
 
@@ -149,8 +150,8 @@ __device__ __forceinline__ void Mend(RunningStatistics<kExtrema, In>& statistics
       ToFloats(x, vector);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        if (isfinite(x[i])) continue;
-        atomicMin(&bad[kTensor == kValue ? T::Channel() + i : 0], tokens.Position(token));
+        if (kTensor == kKey || isfinite(x[i])) continue;  // K's are found when codes are made
+        atomicMin(&bad[T::Channel() + i], tokens.Position(token));
       }
       MakeFinite(vector);
       statistics.Add(vector);
@@ -289,40 +290,46 @@ __device__ __forceinline__ void FinishStatistics(const QuantizeParams& params, c
   };
   Statistics of_thread;
   gather(kTensor == kKey ? kSumK : kSumV, [&](int i, float x) { of_thread.sum[i] += x; });
-  gather(kTensor == kKey ? kBadK : kBadV, [&](int i, float x) {
-    if (__float_as_int(x) != kNever) atomicMin(&shared.bad[channel + i], __float_as_int(x));
-  });
-  if (kTensor == kValue) {
+  if (kTensor == kKey) {
+    for (int part = threadIdx.x; part < params.parts; part += kThreads<kHeadDim>) {
+      const float* of_part = partials + part * static_cast<int64_t>(kPartialRows * kHeadDim);
+      atomicAdd(&shared.count, __float_as_int(__ldcg(of_part + kCountK * kHeadDim)));
+    }
+  } else {
+    gather(kBadV, [&](int i, float x) {
+      if (__float_as_int(x) != kNever) atomicMin(&shared.bad[channel + i], __float_as_int(x));
+    });
     gather(kMaxV, [&](int i, float x) { of_thread.max[i] = fmaxf(of_thread.max[i], x); });
     gather(kMinV, [&](int i, float x) { of_thread.min[i] = fminf(of_thread.min[i], x); });
   }
   const ChannelStatistics all = Combine<kTensor == kValue>(shared, of_thread);
-  if (kTensor == kValue) WaitForStatistics(params, head, kKey);
-
   const int c = threadIdx.x;
   if (c >= kHeadDim) return;
   float* channels = params.channels + head * static_cast<int64_t>(kChannelRows * kHeadDim) + c;
   int32_t* first_bad = params.first_bad + head * static_cast<int64_t>(kBadRows * kHeadDim) + c;
-  const float per_token =
-      params.per_counted_key != nullptr ? params.per_counted_key[head] : plan.per_token;
   if (kTensor == kKey) {
-    channels[kKeyMean * kHeadDim] = KeyMean(params, per_token, all);
-    first_bad[kBadKey * kHeadDim] = shared.bad[c];
+    const float per_sample = __fdiv_rn(1.0f, static_cast<float>(max(shared.count, 1)));
+    channels[kKeyMean * kHeadDim] = KeyMean(params, per_sample, all);
+    first_bad[kBadKey * kHeadDim] = kNever;
   } else {
+    const float per_token =
+        params.per_counted_key != nullptr ? params.per_counted_key[head] : plan.per_token;
     ValueChannel(params, per_token, all).template Store<kHeadDim>(channels);
-    first_bad[kBadValue * kHeadDim] = min(shared.bad[c], __ldcg(&first_bad[kBadKey * kHeadDim]));
+    first_bad[kBadValue * kHeadDim] = shared.bad[c];
     params.value_code_sum[head * static_cast<int64_t>(kHeadDim) + c] = 0;
   }
 }
 
-// Those of a part, a stream of the tokens `begin` to `end` - 1; the last to arrive finishes all.
+// Those of a part, a stream of the tokens `begin` to `end` - 1, of which `count` count; the last to
+// arrive finishes all.
 template <Tensor kTensor, int kHeadDim, class T>
 __device__ __forceinline__ void MakeStatistics(const QuantizeParams& params, const Plan& plan,
                                                SharedStatistics<kHeadDim>& shared, const T& tokens,
                                                Stream<kTensor, T>& stream, int head, int part,
-                                               int begin, int end) {
+                                               int begin, int end, int count) {
   const int c = threadIdx.x;
   if (c < kHeadDim) shared.bad[c] = kNever;
+  if (c == 0) shared.count = 0;
   __syncthreads();
   const Statistics of_thread = StatisticsOf<kTensor>(tokens, stream, begin, end, shared.bad);
   const ChannelStatistics all = Combine<kTensor == kValue>(shared, of_thread);
@@ -330,10 +337,11 @@ __device__ __forceinline__ void MakeStatistics(const QuantizeParams& params, con
   const int64_t index = head * static_cast<int64_t>(params.parts) + part;
   float* out = params.partials + index * (kPartialRows * kHeadDim) + c;
   if (c < kHeadDim) {
-    const float bad = __int_as_float(shared.bad[kTensor == kKey ? 0 : c]);
     out[(kTensor == kKey ? kSumK : kSumV) * kHeadDim] = all.sum;
-    out[(kTensor == kKey ? kBadK : kBadV) * kHeadDim] = bad;
-    if (kTensor == kValue) {
+    if (kTensor == kKey) {
+      out[kCountK * kHeadDim] = __int_as_float(count);
+    } else {
+      out[kBadV * kHeadDim] = __int_as_float(shared.bad[c]);
       out[kMaxV * kHeadDim] = all.max;
       out[kMinV * kHeadDim] = all.min;
     }

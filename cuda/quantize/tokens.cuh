@@ -75,8 +75,8 @@ Plan PlanOf(const QuantizeParams& params, int tokens, int sms) {
           static_cast<int>(std::min<int64_t>(items, params.parts + kLeadPerSm<In> * sms)),
           ((chunks - 1) / params.parts + 1) * tokens,
           static_cast<float>(1.0 / params.length_kv),
-          (params.padded_q - 1) / (kChunksOfQueries * tokens) + 1,
-          params.heads / params.kv_heads};
+          Divisor((params.padded_q - 1) / (kChunksOfQueries * tokens) + 1),
+          Divisor(params.heads / params.kv_heads)};
 }
 
 // Of a kernel that waits for others of its CTAs: how many SMs it has.
@@ -191,8 +191,22 @@ __device__ __forceinline__ void MakeFinite(Vector<In> (&x)[kPasses]) {
 
 // How tokens are read. kWide: all are aligned to 16 bytes. kSomeSeen: some may not count. kSorted:
 // they are numbered by their place in an order. kExtremaOfAll: of K too the statistics have
-// extrema.
-enum Access : int { kWide = 1, kSomeSeen = 2, kSorted = 4, kExtremaOfAll = 8 };
+// extrema. kSampled: they are numbered among the samples.
+enum Access : int { kWide = 1, kSomeSeen = 2, kSorted = 4, kExtremaOfAll = 8, kSampled = 16 };
+
+// K's mean is that of every other 32 keys: any vector may be taken off K, and to read half of it
+// takes half the time. Of each 64 it is the first or the last by the parity of the block's number,
+// which has no period: rows of an image, as wide as they may be, are sampled evenly.
+constexpr int kSamples = kBlockKv / 2;  // of a block
+__device__ __forceinline__ int PositionOfSample(int sample) {
+  const int block = sample / kSamples;
+  return block * kBlockKv + (__popc(block) & 1) * kSamples + sample % kSamples;
+}
+// Of the first `count` keys.
+__device__ __forceinline__ int SamplesOf(int count) {
+  const int block = count / kBlockKv, skipped = (__popc(block) & 1) * kSamples;
+  return block * kSamples + min(max(count % kBlockKv - skipped, 0), kSamples);
+}
 
 // Whether all tokens are aligned to 16 bytes.
 inline bool IsWide(const QuantizeParams& params, size_t element) {
@@ -211,12 +225,14 @@ struct Tokens {
   static constexpr int kTokens = kRows * kPasses;
   static_assert(kTokens % KeysOfPart(kHeadDim) == 0, "parts are of whole chunks");
   static constexpr bool kIsSorted = (kAccess & kSorted) != 0;
+  static constexpr bool kIsSampled = (kAccess & kSampled) != 0;
   static constexpr bool kHasUnseen = (kAccess & kSomeSeen) != 0;
   static constexpr bool kHasExtrema = (kAccess & kExtremaOfAll) != 0;
 
   const In* data;
   const uint8_t* seen;             // by token with kSomeSeen; null: all
   const int32_t* order = nullptr;  // by place with kSorted
+  int origin = 0;                  // with kSampled: of what the samples are numbered from
   int64_t stride;
   int length;
   int head_dim;
@@ -236,6 +252,7 @@ struct Tokens {
 
   // Where in the tensor a token is.
   __device__ __forceinline__ int Position(int token) const {
+    if constexpr (kIsSampled) token = origin + PositionOfSample(token);
     if constexpr (kIsSorted) return __ldg(order + token);
     return token;
   }
@@ -251,7 +268,7 @@ struct Tokens {
   __device__ __forceinline__ Vector<In> Load(int token) const {
     Vector<In> vector;
     const bool counts = Counts(token);
-    if constexpr (kIsSorted) token = counts ? Position(token) : 0;
+    if constexpr (kIsSorted || kIsSampled) token = counts ? Position(token) : 0;
     const In* row = data + token * stride + Channel();
     constexpr bool kIsWide = (kAccess & kWide) != 0;
     constexpr int kPerLoad = kIsWide ? 16 / sizeof(In) : 1;
@@ -281,7 +298,9 @@ struct Tokens {
       if constexpr (kIsWide) {
         const bool counts = Counts(token);
         const In* from = row + (RowOfPass<kTensor>(pass) - RowOfPass<kTensor>(0)) * stride;
-        if constexpr (kIsSorted) from = data + (counts ? Position(token) : 0) * stride + Channel();
+        if constexpr (kIsSorted || kIsSampled) {
+          from = data + (counts ? Position(token) : 0) * stride + Channel();
+        }
 #pragma unroll
         for (int i = 0; i < kWords; ++i) {
           // In FP32 two copies share sectors: through L1.

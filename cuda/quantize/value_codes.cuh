@@ -198,7 +198,7 @@ __device__ __forceinline__ void ValueCodesOfChunk(const QuantizeParams& params, 
   }
 }
 
-// Whether V, or K, has something that is not finite in a channel of V.
+// Whether V has something that is not finite in a channel.
 template <int kHeadDim>
 __device__ __forceinline__ bool IsBad(const QuantizeParams& params, int head, int channel) {
   return __ldcg(params.first_bad + head * static_cast<int64_t>(kBadRows * kHeadDim) +

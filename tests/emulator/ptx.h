@@ -155,6 +155,10 @@ inline float Exp2(float x) {
   const float y = std::exp2(x);
   return std::fabs(y) < 0x1p-126f ? 0 : y;
 }
+
+inline float MaxOrNan(float x, float y) {
+  return std::isnan(x) || std::isnan(y) ? NAN : std::fmax(x, y);
+}
 inline uint32_t PackE4m3(float x0, float x1, float x2, float x3) {
   const auto pair = [](float low, float high) -> uint32_t {
     return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E4M3);
