@@ -171,8 +171,10 @@ std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buf
   const bool segments = check.Flag(attrs, "segments");
   check.Require(!check.Flag(attrs, "skip_unseen") || (some_seen && !segments),
                 "attribute skip_unseen needs some_seen and is not for segments");
-  check.Count("arguments", args.size(), 3 + some_seen + (segments ? 4 : some_seen));
-  check.Count("results", results.size(), segments ? 23 : 11);
+  const bool own_segments = check.Flag(attrs, "own_segments");
+  check.Require(segments || !own_segments, "attribute own_segments needs segments");
+  check.Count("arguments", args.size(), 3 + some_seen + (segments ? 5 : some_seen));
+  check.Count("results", results.size(), segments ? 21 : 11);
   if (!check.Ok()) return check.message();
 
   Sizes s;
@@ -199,7 +201,12 @@ std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buf
     check.IsOrOne("query_ids", args[next], "S32", {s.batch, s.padded_q}, 1);
     check.IsOrOne("sorted_ids", args[next + 1], "S32", {s.batch, s.length_kv}, 1);
     check.Is("order", args[next + 2], "S32", args[next + 1].dims);
-    check.IsOrOne("rows", args[next + 3], "S32", {s.batch, s.padded_q, 2}, 1);
+    std::vector<int64_t> of_keys = args[next + 1].dims;
+    of_keys.push_back(2);
+    check.Is("key_slots", args[next + 3], "S32", of_keys);
+    check.IsOrOne("rows", args[next + 4], "S32", {s.batch, s.padded_q, 2}, 1);
+    check.Require(!own_segments || s.length_q == s.length_kv,
+                  "attribute own_segments needs as many queries as keys");
   } else if (some_seen) {
     check.Is("per_counted_key", args[4], "F32", {s.batch, s.kv_heads});
   }
@@ -215,16 +222,14 @@ std::string CheckQuantize(const std::vector<Buffer>& args, const std::vector<Buf
     check.Is("partials", partials, "F32",
              {s.batch, s.kv_heads, kPieces, s.parts, kPartialRows, hc});
     check.Is("piece_counts", results[12], "S32", {s.batch, s.kv_heads, 2, kPieces, s.parts});
-    check.Is("key_slots", results[13], "S32", {s.batch, s.length_kv});
-    check.Is("slot_means", results[14], "BF16", {s.batch, s.kv_heads, s.length_kv, hc});
-    check.Is("slot_factors", results[15], "F32", {s.batch, s.kv_heads, s.length_kv, 2});
-    check.Is("value_code_sum", results[16], "U32", {s.batch, s.kv_heads, s.length_kv, hc, 2});
-    check.Is("slot_ends", results[17], "S32", {s.batch, s.length_kv});
-    check.Is("piece_arrivals", results[18], "S32", {s.batch, s.kv_heads, 2, s.parts});
-    check.Is("arrivals", results[19], "S32", {s.batch, s.kv_heads, 2});
-    check.Is("runs", results[20], "S32", {s.batch, s.length_kv, 4});
-    check.Is("part_slots", results[21], "S32", {s.batch, s.parts});
-    check.Is("block_slots", results[22], "S32",
+    check.Is("slot_means", results[13], "BF16", {s.batch, s.kv_heads, s.length_kv, hc});
+    check.Is("slot_factors", results[14], "F32", {s.batch, s.kv_heads, s.length_kv, 2});
+    check.Is("value_code_sum", results[15], "U32", {s.batch, s.kv_heads, s.length_kv, hc, 2});
+    check.Is("piece_arrivals", results[16], "S32", {s.batch, s.kv_heads, 2, s.parts});
+    check.Is("arrivals", results[17], "S32", {s.batch, s.kv_heads, 2});
+    check.Is("runs", results[18], "S32", {s.batch, s.length_kv, 4});
+    check.Is("part_slots", results[19], "S32", {s.batch, s.parts});
+    check.Is("block_slots", results[20], "S32",
              {s.batch, (s.padded_q + kQueriesOfSlots - 1) / kQueriesOfSlots});
   } else {
     check.Is("partials", partials, "F32", {s.batch, s.kv_heads, s.parts, kPartialRows, hc});
@@ -474,7 +479,7 @@ std::string CheckSortIds(const std::vector<Buffer>& args, const std::vector<Buff
                          const Attrs&, SortSizes* sizes) {
   Checker check("sort_ids");
   check.Count("arguments", args.size(), 1);
-  check.Count("results", results.size(), 5);
+  check.Count("results", results.size(), 6);
   if (!check.Ok()) return check.message();
   const std::vector<int64_t>& dims = args[0].dims;
   check.Require(args[0].dtype == "S32" && dims.size() == 2, [&] {
@@ -488,10 +493,11 @@ std::string CheckSortIds(const std::vector<Buffer>& args, const std::vector<Buff
   });
   check.Is("sorted_ids", results[0], "S32", dims);
   check.Is("order", results[1], "S32", dims);
-  check.Is("scattered", results[2], "S32", {dims[0]});
+  check.Is("slots", results[2], "S32", {dims[0], dims[1], 2});
+  check.Is("scattered", results[3], "S32", {dims[0]});
   const int64_t tiles = (dims[1] + kMaskKeys - 1) / kMaskKeys;
-  check.Is("group_ranges", results[3], "S32", {dims[0], tiles * (kMaskKeys / kMaskRows), 2});
-  check.Is("tile_ranges", results[4], "S32", {dims[0], tiles, 2});
+  check.Is("group_ranges", results[4], "S32", {dims[0], tiles * (kMaskKeys / kMaskRows), 2});
+  check.Is("tile_ranges", results[5], "S32", {dims[0], tiles, 2});
   if (check.Ok() && sizes != nullptr) *sizes = {dims[0], dims[1]};
   return check.message();
 }

@@ -132,7 +132,7 @@ ffi::Error TooManyChannels(const char* call, int64_t head_dim) {
 
 ffi::Error QuantizeImpl(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
                         float scale_log2, int64_t smooth_k, int64_t smooth_v, int64_t some_seen,
-                        int64_t skip_unseen, int64_t segments) {
+                        int64_t skip_unseen, int64_t segments, int64_t own_segments) {
   std::vector<ffi::AnyBuffer> in;
   std::vector<Buffer> described;
   if (auto error = Collect(args, in, described); error.failure()) return error;
@@ -151,7 +151,8 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remai
                                              {"smooth_v", static_cast<double>(smooth_v)},
                                              {"some_seen", static_cast<double>(some_seen)},
                                              {"skip_unseen", static_cast<double>(skip_unseen)},
-                                             {"segments", static_cast<double>(segments)}},
+                                             {"segments", static_cast<double>(segments)},
+                                             {"own_segments", static_cast<double>(own_segments)}},
                                             &sizes);
   if (!message.empty()) return Invalid(message);
   if (sizes.head_dim > kMaxHeadDimMma) {
@@ -184,24 +185,24 @@ ffi::Error QuantizeImpl(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remai
     params.sorted_ids = Data<int32_t>(in[next + 1]);
     params.key_id_stride = Stride(in[next + 1], 0);
     params.order = Data<int32_t>(in[next + 2]);
-    params.rows = Data<int2>(in[next + 3]);
-    params.row_stride = Stride(in[next + 3], 0) / 2;
+    params.key_slots = Data<int2>(in[next + 3]);
+    params.rows = Data<int2>(in[next + 4]);
+    params.row_stride = Stride(in[next + 4], 0) / 2;
+    params.own_segments = own_segments != 0;
     params.slot_channels = Data<float>(out[6]);
     params.query_slots = Data<int32_t>(out[8]);
     params.segment_rows = Data<int2>(out[9]);
     params.segment_groups = Data<int4>(out[10]);
     params.partials = Data<float>(out[11]);
     params.piece_counts = Data<int32_t>(out[12]);
-    params.key_slots = Data<int32_t>(out[13]);
-    params.slot_means = Data<__nv_bfloat16>(out[14]);
-    params.slot_factors = Data<float2>(out[15]);
-    params.value_code_sum = Data<long long>(out[16]);
-    params.slot_ends = Data<int32_t>(out[17]);
-    params.piece_arrivals = Data<int32_t>(out[18]);
-    params.arrivals = Data<int32_t>(out[19]);
-    params.runs = Data<SegmentRun>(out[20]);
-    params.part_slots = Data<int32_t>(out[21]);
-    params.block_slots = Data<int32_t>(out[22]);
+    params.slot_means = Data<__nv_bfloat16>(out[13]);
+    params.slot_factors = Data<float2>(out[14]);
+    params.value_code_sum = Data<long long>(out[15]);
+    params.piece_arrivals = Data<int32_t>(out[16]);
+    params.arrivals = Data<int32_t>(out[17]);
+    params.runs = Data<SegmentRun>(out[18]);
+    params.part_slots = Data<int32_t>(out[19]);
+    params.block_slots = Data<int32_t>(out[20]);
   } else {
     params.partials = Data<float>(out[9]);
     if (some_seen != 0) params.per_counted_key = Data<float>(in[4]);
@@ -495,13 +496,13 @@ ffi::Error IntervalsImpl(cudaStream_t stream, ffi::RemainingArgs args,
 
 ffi::Error SortIdsImpl(cudaStream_t stream, ffi::AnyBuffer ids,
                        ffi::Result<ffi::AnyBuffer> sorted_ids, ffi::Result<ffi::AnyBuffer> order,
-                       ffi::Result<ffi::AnyBuffer> scattered,
+                       ffi::Result<ffi::AnyBuffer> slots, ffi::Result<ffi::AnyBuffer> scattered,
                        ffi::Result<ffi::AnyBuffer> group_ranges,
                        ffi::Result<ffi::AnyBuffer> tile_ranges) {
   SortSizes sizes;
   const std::string message =
       CheckSortIds({Describe(ids)},
-                   {Describe(*sorted_ids), Describe(*order), Describe(*scattered),
+                   {Describe(*sorted_ids), Describe(*order), Describe(*slots), Describe(*scattered),
                     Describe(*group_ranges), Describe(*tile_ranges)},
                    {}, &sizes);
   if (!message.empty()) return Invalid(message);
@@ -509,6 +510,7 @@ ffi::Error SortIdsImpl(cudaStream_t stream, ffi::AnyBuffer ids,
   params.ids = Data<int32_t>(ids);
   params.sorted_ids = Data<int32_t>(*sorted_ids);
   params.order = Data<int32_t>(*order);
+  params.slots = Data<int2>(*slots);
   params.scattered = Data<int32_t>(*scattered);
   params.group_ranges = Data<int2>(*group_ranges);
   params.tile_ranges = Data<int2>(*tile_ranges);
@@ -561,6 +563,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageSortIds, jax_sage::SortIdsImpl,
                                   .Arg<xla::ffi::AnyBuffer>()   // ids [B, S]
                                   .Ret<xla::ffi::AnyBuffer>()   // sorted
                                   .Ret<xla::ffi::AnyBuffer>()   // whose they are
+                                  .Ret<xla::ffi::AnyBuffer>()   // places of their segments
                                   .Ret<xla::ffi::AnyBuffer>()   // scattered
                                   .Ret<xla::ffi::AnyBuffer>()   // ranges of 64
                                   .Ret<xla::ffi::AnyBuffer>(),  // and of 128
@@ -576,7 +579,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageQuantize, jax_sage::QuantizeImpl,
                                   .Attr<int64_t>("smooth_v")
                                   .Attr<int64_t>("some_seen")
                                   .Attr<int64_t>("skip_unseen")
-                                  .Attr<int64_t>("segments"),
+                                  .Attr<int64_t>("segments")
+                                  .Attr<int64_t>("own_segments"),
                               {xla::ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxSageAttention, jax_sage::AttentionImpl,

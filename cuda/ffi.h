@@ -15,6 +15,6 @@ extern "C" XLA_FFI_Error* JaxSageSeenKeys(XLA_FFI_CallFrame* call_frame);
 // jax_sage_intervals: lengths -> (rows, groups), of a masked jax_sage_attention, and (seen,
 // per_counted_key), of jax_sage_quantize.
 extern "C" XLA_FFI_Error* JaxSageIntervals(XLA_FFI_CallFrame* call_frame);
-// jax_sage_sort_ids: segment ids -> (sorted, whose they are), of jax_sage_quantize, and (scattered,
-// ranges of 64, of 128), of jax_sage_attention.
+// jax_sage_sort_ids: segment ids -> (sorted, whose they are, places of their segments), of
+// jax_sage_quantize, and (scattered, ranges of 64, of 128), of jax_sage_attention.
 extern "C" XLA_FFI_Error* JaxSageSortIds(XLA_FFI_CallFrame* call_frame);

@@ -152,14 +152,17 @@ def _masked(
     if operands.segments is not None:
         # Means and scales of V are those of each segment, and so are the counts of its keys.
         *segments, scattered = operands.segments
+        own = masks.key_value_segment_ids is None
         quantized = codes(
-            seen=() if seen is None else (seen,), segments=(*segments, operands.arrays[0])
+            seen=() if seen is None else (seen,),
+            segments=(*segments, operands.arrays[0]),
+            own_segments=own,
         )
         # Where queries and keys share their ids, neighbouring queries see neighbouring intervals.
         # Of others, in another order, intervals may be far apart, and plans leave out what is
         # between them.
-        own = masks.key_value_segment_ids is None
-        attributes["by_intervals"] = np.int64(own and masks.mask is None and masks.bias is None)
+        are_intervals = masks.mask is None and masks.bias is None
+        attributes["by_intervals"] = np.int64(own and are_intervals)
         return run(query, (*quantized, *operands.arrays, scattered), **attributes)
     assert seen is not None  # a mask or a bias: nothing is known
     count = jnp.maximum(seen.sum(-1, dtype=jnp.float32), np.float32(1))
@@ -198,15 +201,16 @@ def quantize(
     seen: tuple[jax.Array, ...] = (),
     skip_unseen: bool = False,
     segments: tuple[jax.Array, ...] = (),
+    own_segments: bool = False,
 ) -> tuple[jax.Array, ...]:
     """The operands of the attention call, in its order. B is the product of the batch dims.
 
     ``seen``: whether a key counts, uint8 [B, K, S] or with ones, and without segments 1 / how many
     do, float32 [B, K]. ``skip_unseen``: parts of keys that nobody sees get no codes; otherwise
-    zeros. ``segments``: ids of the queries, of the keys in order, whose they are, and the rows of
-    the mask operands. A segment's slot is the place of its first key in that order; tables by slot
-    are as long as the keys: 18 bytes for each of their channels (a power of two), 8 of them until
-    the attention is done.
+    zeros. ``segments``: what mask_operands.Segments has of ids and keys, and the rows of the mask
+    operands; ``own_segments``: the queries have the ids of the keys. A segment's slot is the place
+    of its first key in their order; tables by slot are as long as the keys: 18 bytes for each of
+    their channels (a power of two), 8 of them until the attention is done.
     """
     batch = math.prod(query.shape[:-3])
     length_q, heads, head_dim = query.shape[-3:]
@@ -248,11 +252,9 @@ def quantize(
             # Of segments that lie in several parts: two pieces in each part.
             array(jnp.float32, batch, kv_heads, 2, parts, 6, hc),
             array(jnp.int32, batch, kv_heads, 2, 2, parts),  # keys that count, of K and of V
-            array(jnp.int32, batch, length_kv),  # slots of the keys
             array(jnp.bfloat16, *by_slot, hc),  # mean of K
             array(jnp.float32, *by_slot, 2),  # size of K; 1 / keys that count
             code_sum(length_kv, hc, 2),
-            array(jnp.int32, batch, length_kv),  # where segments end
             array(jnp.int32, batch, kv_heads, 2, parts),  # counters of pieces that are done
             array(jnp.int32, batch, kv_heads, 2),  # and of parts
             array(jnp.int32, batch, length_kv, 4),  # runs of a segment's keys in a part
@@ -282,6 +284,7 @@ def quantize(
         some_seen=np.int64(len(seen) > 0),
         skip_unseen=np.int64(skip_unseen),
         segments=np.int64(len(segments) > 0),
+        own_segments=np.int64(own_segments),
     )
     return tuple(results[: len(quantized)])
 

@@ -12,6 +12,7 @@ ids     int32 [B, Tp] and [B, Sp], and the least and greatest of 64 queries and 
 bias    as given; keys padded to Sp, or two columns that stand for all
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -50,6 +51,7 @@ class Segments(NamedTuple):
     query_ids: jax.Array
     sorted_ids: jax.Array
     order: jax.Array
+    key_slots: jax.Array  # [B, S, 2], where a key's segment begins and ends among the sorted keys
     scattered: jax.Array  # [B], 1 where the keys of some segment do not lie one behind the other
 
 
@@ -128,7 +130,7 @@ def sort_segments(
 
 
 def sort_by_kernel(ids: jax.Array) -> Sequence[jax.Array]:
-    """masking.sort_ids of [B, S], by a kernel where they are not too many; scattered; and ranges.
+    """What Segments has of ids [B, S], by a kernel where they are not too many; and ranges.
 
     Ranges are the least and greatest of GROUP ids and of TILE, padded by the last.
     """
@@ -138,15 +140,18 @@ def sort_by_kernel(ids: jax.Array) -> Sequence[jax.Array]:
         is_alike = sorted_ids[:, 1:] == sorted_ids[:, :-1]
         is_apart = order[:, 1:] != order[:, :-1] + np.int32(1)
         scattered = (is_alike & is_apart).any(-1).astype(jnp.int32)
+        ends = [jax.vmap(functools.partial(jnp.searchsorted, side=s)) for s in ("left", "right")]
+        slots = jnp.stack([find(sorted_ids, ids) for find in ends], -1).astype(jnp.int32)
         padded = _pad_by_last(ids, size)
-        return sorted_ids, order, scattered, _ranges(padded, GROUP), _ranges(padded, TILE)
+        return sorted_ids, order, slots, scattered, _ranges(padded, GROUP), _ranges(padded, TILE)
 
     def result(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((ids.shape[0], *shape), jnp.int32)
 
     of_ids = result(ids.shape[1])
     ranges = (result(size // GROUP, 2), result(size // TILE, 2))
-    return jax.ffi.ffi_call("jax_sage_sort_ids", (of_ids, of_ids, result(), *ranges))(ids)
+    results = (of_ids, of_ids, result(ids.shape[1], 2), result(), *ranges)
+    return jax.ffi.ffi_call("jax_sage_sort_ids", results)(ids)
 
 
 def round_up(x: int, multiple: int) -> int:

@@ -131,8 +131,8 @@ def look_up(table: jax.Array, index: jax.Array | None) -> jax.Array:
 def is_sample(number: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
     """Whether K's mean is also of the keys with these numbers: the first or last 32 of each 64.
 
-    Which of them is the parity of the block's number in binary. That has no period, so in images
-    with rows of any width all columns are sampled about evenly.
+    Which of them is the parity of the bits of the block's number. That has no period, so no column
+    of an image is left out, and where rows are as long as a power of two all count about alike.
     """
     count_bits = np.bitwise_count if isinstance(number, np.ndarray) else lax.population_count
     last_half = count_bits(number // BLOCK_KV) % 2

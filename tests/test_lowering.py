@@ -323,7 +323,8 @@ def test_ids_too_many_for_a_kernel_are_sorted_by_xla():
         ids = ("S32", [1, length])
         tiles = -(-length // 128)
         ranges = [("S32", [1, 2 * tiles, 2]), ("S32", [1, tiles, 2])]
-        wrong = complaint("sort_ids", [ids], [ids, ids, ("S32", [1]), *ranges], {})
+        results = [ids, ids, ("S32", [1, length, 2]), ("S32", [1]), *ranges]
+        wrong = complaint("sort_ids", [ids], results, {})
         assert (wrong is None) == (not by_xla)
 
 
@@ -344,7 +345,8 @@ def test_segments_are_quantized_by_the_kernels(recipe):
     assert operands[:3] == [((3, 300, 8, 80), "bf16")] + 2 * [((3, 1100, 2, 80), "bf16")]
     assert operands[3] == ((3, 1, 1100), "ui8")
     rows = ((1, 384, 2), "i32")
-    assert operands[4:] == [((3, 384), "i32")] + 2 * [((3, 1100), "i32")] + [rows]
+    slots = ((3, 1100, 2), "i32")
+    assert operands[4:] == [((3, 384), "i32")] + 2 * [((3, 1100), "i32")] + [slots, rows]
     quantized = [
         ((3, 8, 384, 128), "i8"),
         ((3, 8, 384), "f32"),
@@ -363,7 +365,10 @@ def test_segments_are_quantized_by_the_kernels(recipe):
     assert operands[:11] == quantized
     ids, scattered = ((3, 1100), "i32"), ((3,), "i32")
     ranges = [((3, 18, 2), "i32"), ((3, 9, 2), "i32")]
-    assert signature(calls["jax_sage_sort_ids"]) == ([ids], [ids, ids, scattered, *ranges])
+    assert signature(calls["jax_sage_sort_ids"]) == (
+        [ids],
+        [ids, ids, slots, scattered, *ranges],
+    )
     assert operands[-1] == scattered
     # Nothing of the size of out is computed elsewhere.
     assert tensor_types(text).count(((3, 300, 8, 80), "f32")) == 0
@@ -505,7 +510,8 @@ def right_call(which, recipe="8+8", query=(2, 300, 4, 80), key=(2, 1100, 2, 80))
         ids = ("S32", [batch, tokens])
         tiles = -(-tokens // 128)
         ranges = [("S32", [batch, 2 * tiles, 2]), ("S32", [batch, tiles, 2])]
-        return [ids], [ids, ids, ("S32", [batch]), *ranges], {}
+        slots = ("S32", [batch, tokens, 2])
+        return [ids], [ids, ids, slots, ("S32", [batch]), *ranges], {}
     if which == "seen_keys":
         rows = ("S32", [batch, groups * 64, 2])
         array = [batch, heads, query[-3], tokens]
@@ -519,7 +525,7 @@ def right_call(which, recipe="8+8", query=(2, 300, 4, 80), key=(2, 1100, 2, 80))
         channels = quantized[6][1][3]
         parts = ("F32", [*v[:2], 3, 6, channels])
         attrs = {"scale_log2": 0.2, "smooth_k": 1.0, "smooth_v": 0.0, "some_seen": 0.0}
-        attrs |= {"segments": 0.0, "skip_unseen": 0.0}
+        attrs |= {"segments": 0.0, "own_segments": 0.0, "skip_unseen": 0.0}
         arrivals = ("S32", [*v[:2], 2])
         args = [describe(q), describe(k), describe(k)]
         if which == "quantize of seen":
@@ -532,18 +538,20 @@ def right_call(which, recipe="8+8", query=(2, 300, 4, 80), key=(2, 1100, 2, 80))
                 ("S32", [batch, groups * 64]),
                 ("S32", [batch, tokens]),
                 ("S32", [batch, tokens]),
+                ("S32", [batch, tokens, 2]),
                 ("S32", [batch, groups * 64, 2]),
             ]
             scratch = [
                 ("F32", [batch, kv_heads, 2, 3, 6, channels]),
                 ("S32", [batch, kv_heads, 2, 2, 3]),
-                ("S32", [batch, tokens]),
                 ("BF16", [batch, kv_heads, tokens, channels]),
                 ("F32", [batch, kv_heads, tokens, 2]),
                 ("U32", [batch, kv_heads, tokens, channels, 2]),
-                ("S32", [batch, tokens]),
                 ("S32", [batch, kv_heads, 2, 3]),
                 ("S32", [batch, kv_heads, 2]),
+                ("S32", [batch, tokens, 4]),
+                ("S32", [batch, 3]),
+                ("S32", [batch, -(-groups // 4)]),
             ]
             return args, [*by_slot(quantized, tokens), *scratch], attrs
         return args, [*quantized, parts, arrivals], attrs
@@ -594,9 +602,8 @@ def by_slot(quantized, tokens):
 
 
 BY_SLOT = [*QUANTIZED[:8], "query_slots", "segment_rows", "segment_groups"]
-SCRATCH_BY_SLOT = ["partials", "piece_counts", "key_slots", "slot_means", "slot_factors",
-                   "value_code_sum", "slot_ends", "piece_arrivals", "arrivals", "runs",
-                   "part_slots", "block_slots"]  # fmt: skip
+SCRATCH_BY_SLOT = ["partials", "piece_counts", "slot_means", "slot_factors", "value_code_sum",
+                   "piece_arrivals", "arrivals", "runs", "part_slots", "block_slots"]  # fmt: skip
 MASKS = ["rows", "groups", "key", "value", "words", "views"]
 IDS = ["query_ids", "key_ids", "query_ranges", "key_ranges"]
 NAMES = {
@@ -606,7 +613,7 @@ NAMES = {
         [*QUANTIZED, "partials", "arrivals"],
     ),
     "quantize of segments": (
-        ["query", "key", "value", "seen", "query_ids", "sorted_ids", "order", "rows"],
+        ["query", "key", "value", "seen", "query_ids", "sorted_ids", "order", "key_slots", "rows"],
         [*BY_SLOT, *SCRATCH_BY_SLOT],
     ),
     "attention": (QUANTIZED, ["out", "lse"]),
@@ -620,7 +627,7 @@ NAMES = {
     ),
     "sort_ids": (
         ["ids"],
-        ["sorted_ids", "order", "scattered", "group_ranges", "tile_ranges"],
+        ["sorted_ids", "order", "slots", "scattered", "group_ranges", "tile_ranges"],
     ),
 }
 OF_NO_RECIPE = ("pack_mask", "seen_keys", "intervals", "sort_ids")
@@ -718,6 +725,8 @@ def test_wrong_dtypes_are_named(which, recipe):
         ("quantize", "some_seen", [2, -1, math.nan]),
         ("quantize", "skip_unseen", [1, 2, -1, math.nan]),
         ("quantize of segments", "skip_unseen", [1]),
+        ("quantize", "own_segments", [1, 2, -1]),
+        ("quantize of segments", "own_segments", [1, 2, -1]),  # of fewer queries than keys
         ("quantize", "segments", [2, -1, math.nan]),
         ("quantize of seen", "segments", [2]),
         ("attention", "masked", [2, -1, math.nan]),

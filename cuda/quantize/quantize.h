@@ -13,7 +13,8 @@ namespace jax_sage {
 // A positive number by which others, from 0 to 2^31 - 1, are divided: by a product and a shift.
 class Divisor {
  public:
-  JAX_SAGE_HOST_DEVICE constexpr explicit Divisor(int value = 1) : value_(value) {
+  JAX_SAGE_HOST_DEVICE constexpr Divisor() : Divisor(1) {}
+  JAX_SAGE_HOST_DEVICE constexpr explicit Divisor(int value) : value_(value) {
     while (int64_t{1} << shift_ < value) ++shift_;
     // 2^(32 + shift) / value, rounded up, less 2^32: so it fits.
     const uint64_t excess = (uint64_t{1} << shift_) - static_cast<uint64_t>(value);
@@ -97,22 +98,25 @@ struct alignas(16) SegmentRun {
 // channels are null; value_code_sum is [B, K, S, Hc], and partials
 // [B, K, kPieces, parts, kPartialRows, Hc].
 struct SegmentedParams : QuantizeParams {
-  const int32_t* query_ids;                            // [B or 1, Tp]
-  const int32_t* sorted_ids;                           // [B or 1, S], of the keys
-  const int32_t* order;                                // the same: whose they are
+  const int32_t* query_ids;   // [B or 1, Tp]
+  const int32_t* sorted_ids;  // [B or 1, S], of the keys
+  const int32_t* order;       // the same: whose they are
+  // [B or 1, S], by key: where its segment begins among the sorted keys, its slot, and where it
+  // ends.
+  const int2* key_slots;
   const int2* rows;                                    // [B or 1, Tp], as in MaskParams
   int64_t query_id_stride, key_id_stride, row_stride;  // of batch entries
+
+  bool own_segments;  // queries have the ids of the keys
 
   int32_t* query_slots;  // [B, Tp]; -1: no key has the id
   float* slot_channels;  // [B, K, S, kSlotRows, Hc]
   // As in MaskParams, where keys of a segment lie one behind the other: what queries see of theirs.
   int2* segment_rows;         // [B, Tp]
   int4* segment_groups;       // [B, Tp / kMaskRows]
-  int32_t* key_slots;         // scratch [B, S]
   __nv_bfloat16* slot_means;  // scratch [B, K, S, Hc], of K
   float2* slot_factors;       // scratch [B, K, S]: size of K, 1 / the keys that count
   int32_t* piece_counts;      // scratch [B, K, 2, kPieces, parts]: keys that count
-  int32_t* slot_ends;         // scratch [B, S]: the place behind the segment's last key
   int32_t* piece_arrivals;    // scratch [B, K, 2, parts]: pieces that are done, by the first's part
   SegmentRun* runs;           // scratch [B, S], at the places where one begins
   int32_t* part_slots;        // scratch [B, parts]: of all keys of a part, as they are given

@@ -3,7 +3,7 @@
 // The keys come sorted by segment id; a segment's slot is the place of its first key in that order,
 // and what belongs to it lies at its slot in tables that are as long as the keys. Launches, each
 // of which needs the whole of the one before:
-//   1. the slots of keys and queries;
+//   1. the slots of queries, and the runs of keys that lie one behind the other;
 //   2. statistics and codes, in the order of quantize.cu. For its statistics a CTA goes over a part
 //      of the sorted keys of a head, segment by segment, and finishes those that lie in it as a
 //      whole. Where a segment lies in several parts, the last CTA to make its piece puts them
@@ -37,23 +37,6 @@ __device__ __forceinline__ int FindPlace(const int32_t* ids, int length, int id)
   return low < length && __ldg(ids + low) == id ? low : -1;
 }
 
-// The place behind the last before `end` that has the id of `place`.
-__device__ __forceinline__ int EndOfRun(const int32_t* ids, int place, int end) {
-  const int id = __ldg(ids + place);
-  if (__ldg(ids + end - 1) == id) return end;
-  if (__ldg(ids + place + 1) != id) return place + 1;
-  int low = place, high = end - 1;  // the first has the id, the other has not
-  while (high - low > 1) {
-    const int middle = low + (high - low) / 2;
-    if (__ldg(ids + middle) == id) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return high;
-}
-
 __device__ __forceinline__ bool BeginsAt(const int32_t* ids, int place) {
   return place == 0 || __ldg(ids + place - 1) != __ldg(ids + place);
 }
@@ -64,39 +47,59 @@ __device__ __forceinline__ const int32_t* SortedIds(const SegmentedParams& param
 
 constexpr int kSlotThreads = kQueriesOfSlots;
 
+// How the work of FindSlots is cut: blocks of queries, of keys, and others, of so many threads.
+struct SlotPlan {
+  int query_blocks, key_blocks;
+  Divisor query_blocks_of_batch, key_blocks_of_batch;
+  Divisor tokens_per_part;
+};
+
+// Where the segment of a key lies among the sorted keys: first place, and the place behind the
+// last.
+__device__ __forceinline__ int2 SegmentOfKey(const SegmentedParams& params, int batch, int key) {
+  return __ldg(params.key_slots + batch * params.key_id_stride + key);
+}
+
 // Of 256 queries: their slots, and what they see where the keys of a segment lie one behind the
 // other.
-__device__ __forceinline__ void FindQuerySlots(const SegmentedParams& params, int64_t block) {
-  const int64_t blocks = (params.padded_q + kSlotThreads - 1) / kSlotThreads;
-  const int64_t batch = block / blocks;
-  const int query = static_cast<int>(block % blocks) * kSlotThreads + threadIdx.x;
-  const int32_t* ids = params.sorted_ids + batch * params.key_id_stride;
+__device__ __forceinline__ void FindQuerySlots(const SegmentedParams& params, const SlotPlan& plan,
+                                               int block) {
+  const int batch = block / plan.query_blocks_of_batch;
+  const int query = block % plan.query_blocks_of_batch * kSlotThreads + threadIdx.x;
   const int32_t* order = params.order + batch * params.key_id_stride;
+  const int64_t index = batch * static_cast<int64_t>(params.padded_q) + query;
 
   // Least first, greatest end, greatest first, least end.
   __shared__ int4 groups[kSlotThreads / kMaskRows];
   __shared__ int first_slot;
   int4& group = groups[threadIdx.x / kMaskRows];
   if (threadIdx.x % kMaskRows == 0) group = make_int4(INT32_MAX, 0, 0, INT32_MAX);
-  int slot = -1;
-  if (query < params.padded_q) {
-    slot = FindPlace(ids, params.length_kv,
-                     __ldg(params.query_ids + batch * params.query_id_stride + query));
-    if (threadIdx.x == 0) first_slot = slot;
+  const bool exists = query < params.padded_q;
+  int first = 0;  // the segment's first key
+  int2 slots = make_int2(-1, -1);
+  if (exists && params.own_segments) {
+    slots = SegmentOfKey(params, batch, min(query, params.length_kv - 1));
+    first = __ldg(order + slots.x);
+  } else if (exists) {
+    const int place = FindPlace(params.sorted_ids + batch * params.key_id_stride, params.length_kv,
+                                __ldg(params.query_ids + batch * params.query_id_stride + query));
+    if (place >= 0) {
+      first = __ldg(order + place);
+      slots = SegmentOfKey(params, batch, first);
+    }
   }
+  if (threadIdx.x == 0) first_slot = slots.x;
   __syncthreads();
-  if (query < params.padded_q) {
-    params.query_slots[batch * params.padded_q + query] = slot;
+  if (exists) {
+    params.query_slots[index] = slots.x;
     int2 interval = make_int2(params.length_kv, 0);  // nothing
-    if (slot >= 0) {
-      const int first = __ldg(order + slot);
-      const int keys = EndOfRun(ids, slot, params.length_kv) - slot;
+    if (slots.x >= 0) {
       const int2 row = __ldg(params.rows + batch * params.row_stride + query);
       const int begin = max(first, row.x);
-      const int end = min(min(first + keys, params.length_kv), row.y);
+      const int end = min(min(first + slots.y - slots.x, params.length_kv), row.y);
       if (begin < end) interval = make_int2(begin, end);
     }
-    params.segment_rows[batch * params.padded_q + query] = interval;
+    params.segment_rows[index] = interval;
     atomicMin(&group.x, interval.x);
     atomicMax(&group.y, interval.y);
     // Queries that are padding do not keep others from seeing all of a tile.
@@ -104,67 +107,58 @@ __device__ __forceinline__ void FindQuerySlots(const SegmentedParams& params, in
     atomicMax(&group.z, is_padding ? 0 : interval.x);
     atomicMin(&group.w, is_padding ? params.length_kv : interval.y);
   }
-  const bool alike = __syncthreads_and(query >= params.padded_q || slot == first_slot);
-  if (threadIdx.x == 0) params.block_slots[block] = alike ? slot : kMixedSlots;
-  if (query < params.padded_q && threadIdx.x % kMaskRows == 0) {
-    params.segment_groups[(batch * params.padded_q + query) / kMaskRows] = group;
+  const bool alike = __syncthreads_and(!exists || slots.x == first_slot);
+  if (threadIdx.x == 0) params.block_slots[block] = alike ? slots.x : kMixedSlots;
+  if (exists && threadIdx.x % kMaskRows == 0) {
+    params.segment_groups[index / kMaskRows] = group;
   }
 }
 
 // By the thread of a place in the order: what of its segment lies from there on in one part, if
 // that begins there; and the slot of a part of the keys as they are, if its first has this place.
-__device__ __forceinline__ void FindRuns(const SegmentedParams& params, int tokens_per_part,
-                                         const int32_t* ids, const int32_t* order, int64_t batch,
-                                         int place, int slot) {
-  const int position = __ldg(order + place), length = params.length_kv;
+__device__ __forceinline__ void FindRuns(const SegmentedParams& params, const SlotPlan& plan,
+                                         int block) {
+  const int batch = block / plan.key_blocks_of_batch, length = params.length_kv;
+  const int place = block % plan.key_blocks_of_batch * kSlotThreads + threadIdx.x;
+  if (place >= length) return;
+  const int32_t* order = params.order + batch * params.key_id_stride;
+  const int position = __ldg(order + place);
+  const int2 slots = SegmentOfKey(params, batch, position);
   const auto are_together = [&](int count) {
     return __ldg(order + place + count - 1) - position == count - 1;
   };
-  const int part = place / tokens_per_part;
-  if (place % tokens_per_part == 0 || BeginsAt(ids, place)) {
-    const int part_end =
-        static_cast<int>(min((part + int64_t{1}) * tokens_per_part, static_cast<int64_t>(length)));
-    const int end = EndOfRun(ids, place, part_end);
-    const int slot_end = end < part_end ? end : EndOfRun(ids, place, length);
-    params.runs[batch * length + place] = {are_together(end - place) ? position : -1, end, slot,
-                                           slot_end};
+  const int part = place / plan.tokens_per_part;
+  if (place == slots.x || place % plan.tokens_per_part == 0) {
+    const int64_t part_end = (part + int64_t{1}) * plan.tokens_per_part;
+    const int end = static_cast<int>(min(part_end, static_cast<int64_t>(slots.y)));
+    params.runs[batch * static_cast<int64_t>(length) + place] = {
+        are_together(end - place) ? position : -1, end, slots.x, slots.y};
   }
-  if (position % tokens_per_part == 0) {
-    const int count = min(tokens_per_part, length - position);
-    const bool alike = place + count <= length &&
-                       __ldg(ids + place + count - 1) == __ldg(ids + place) && are_together(count);
-    params.part_slots[batch * params.parts + position / tokens_per_part] =
-        alike ? slot : kMixedSlots;
+  if (position % plan.tokens_per_part == 0) {
+    const int count = min(static_cast<int>(plan.tokens_per_part), length - position);
+    const bool alike = place + count <= slots.y && are_together(count);
+    params
+        .part_slots[batch * static_cast<int64_t>(params.parts) + position / plan.tokens_per_part] =
+        alike ? slots.x : kMixedSlots;
   }
 }
 
-// The slots, and what the other launches expect to be initialized: blocks of queries, then others.
+// The slots, and what the other launches expect to be initialized.
 __global__ void __launch_bounds__(kSlotThreads)
-    FindSlots(const SegmentedParams params, int64_t query_blocks, int tokens_per_part) {
+    FindSlots(const SegmentedParams params, const SlotPlan plan) {
   LetNextStart();
   WaitForPrevious();
-  if (blockIdx.x < query_blocks) {
-    FindQuerySlots(params, blockIdx.x);
+  int block = static_cast<int>(blockIdx.x);
+  if (block < plan.query_blocks) {
+    FindQuerySlots(params, plan, block);
     return;
   }
-  int64_t i = (blockIdx.x - query_blocks) * kSlotThreads + threadIdx.x;
-  const int64_t keys = params.batch * params.length_kv;
-  if (i < keys) {
-    const int64_t batch = i / params.length_kv;
-    const int place = static_cast<int>(i % params.length_kv);
-    const int32_t* ids = params.sorted_ids + batch * params.key_id_stride;
-    const int position = __ldg(params.order + batch * params.key_id_stride + place);
-    const int id = __ldg(ids + place), slot = FindPlace(ids, params.length_kv, id);
-    const int64_t first = batch * params.length_kv;
-    params.key_slots[first + position] = slot;
-    if (place + 1 == params.length_kv || __ldg(ids + place + 1) != id) {
-      params.slot_ends[first + slot] = place + 1;
-    }
-    FindRuns(params, tokens_per_part, ids, params.order + batch * params.key_id_stride, batch,
-             place, slot);
+  block -= plan.query_blocks;
+  if (block < plan.key_blocks) {
+    FindRuns(params, plan, block);
     return;
   }
-  i -= keys;
+  const int64_t i = (block - plan.key_blocks) * int64_t{kSlotThreads} + threadIdx.x;
   const int64_t units = 2 * params.batch * params.kv_heads;
   if (i < units) params.arrivals[i] = 0;
   if (i < units * params.parts) params.piece_arrivals[i] = 0;
@@ -590,17 +584,22 @@ cudaError_t LaunchSegments(const SegmentedParams& params, cudaStream_t stream) {
   const int64_t items = units * params.parts;
   const Plan plan = PlanOf<In>(params, kTokens, sms);
   const int64_t query_items = params.batch * params.heads * plan.query_items;
-  const int64_t query_blocks = params.batch * ceil_div(params.padded_q, kSlotThreads);
-  const int64_t keys = params.batch * params.length_kv;
+  const int64_t query_blocks = ceil_div(params.padded_q, kSlotThreads);
+  const int64_t key_blocks = ceil_div(params.length_kv, kSlotThreads);
   const int64_t initialized = units * std::max<int>(kHeadDim, params.parts);
-  const int64_t slot_blocks = query_blocks + ceil_div(keys + initialized, kSlotThreads);
+  const int64_t slot_blocks =
+      params.batch * (query_blocks + key_blocks) + ceil_div(initialized, kSlotThreads);
   const int64_t channel_blocks = units / 2 * ceil_div(params.length_kv, kThreads<kHeadDim>);
   if (std::max({2 * items + query_items, slot_blocks, channel_blocks}) > INT32_MAX) {
     return cudaErrorInvalidConfiguration;
   }
   const auto blocks = [](int64_t count) { return static_cast<unsigned>(count); };
-  error = LaunchOverlapping(FindSlots, blocks(slot_blocks), kSlotThreads, 0, stream, params,
-                            query_blocks, plan.tokens_per_part);
+  const SlotPlan slot_plan{static_cast<int>(params.batch * query_blocks),
+                           static_cast<int>(params.batch * key_blocks),
+                           Divisor(static_cast<int>(query_blocks)),
+                           Divisor(static_cast<int>(key_blocks)), Divisor(plan.tokens_per_part)};
+  error =
+      LaunchOverlapping(FindSlots, blocks(slot_blocks), kSlotThreads, 0, stream, params, slot_plan);
   if (error != cudaSuccess) return error;
   error = LaunchOverlapping(kernel, blocks(2 * items + query_items), kThreads<kHeadDim>,
                             kSharedBytes, stream, params, plan);

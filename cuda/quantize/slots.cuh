@@ -32,17 +32,18 @@ class Slots {
       : params_(params),
         batch_(kv_head / params.kv_heads),
         first_slot_(kv_head * static_cast<int64_t>(params.length_kv)),
-        of_tokens_((kTensor == kQuery ? params.query_slots : params.key_slots) +
-                   batch_ * static_cast<int64_t>(Length())) {}
+        query_slots_(params.query_slots + batch_ * static_cast<int64_t>(params.padded_q)),
+        key_slots_(params.key_slots + batch_ * params.key_id_stride) {}
 
   // -1: no key has the query's id.
   __device__ __forceinline__ int Of(int token) const {
-    return __ldg(of_tokens_ + min(token, Length() - 1));
+    if (kTensor == kQuery) return __ldg(query_slots_ + min(token, params_.padded_q - 1));
+    return __ldg(&key_slots_[min(token, params_.length_kv - 1)].x);
   }
   // That of all queries `begin` to `end` - 1, or kMixedSlots. `begin`: a multiple of
   // kQueriesOfSlots.
   __device__ __forceinline__ int OfQueries(int begin, int end) const {
-    const int blocks = (Length() + kQueriesOfSlots - 1) / kQueriesOfSlots;
+    const int blocks = (params_.padded_q + kQueriesOfSlots - 1) / kQueriesOfSlots;
     const int32_t* of_blocks = params_.block_slots + batch_ * static_cast<int64_t>(blocks);
     const int slot = __ldg(of_blocks + begin / kQueriesOfSlots);
     for (int next = begin + kQueriesOfSlots; next < end; next += kQueriesOfSlots) {
@@ -97,14 +98,11 @@ class Slots {
   }
 
  private:
-  __device__ __forceinline__ int Length() const {
-    return kTensor == kQuery ? params_.padded_q : params_.length_kv;
-  }
-
   const SegmentedParams& params_;
   int batch_;
   int64_t first_slot_;
-  const int32_t* of_tokens_;
+  const int32_t* query_slots_;
+  const int2* key_slots_;
 };
 
 // The means of tokens that may be of several segments.

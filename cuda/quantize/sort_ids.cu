@@ -150,19 +150,34 @@ __global__ void __launch_bounds__(kThreads) SortIds(const SortParams params) {
   __syncthreads();
   int32_t* sorted_ids = params.sorted_ids + blockIdx.x * static_cast<int64_t>(length);
   int32_t* order = params.order + blockIdx.x * static_cast<int64_t>(length);
-#pragma unroll 4
-  for (int i = threadIdx.x; i < length; i += kThreads) {
-    int low = 0, high = count;  // the run is among these
-    while (high - low > 1) {
+  int2* slots = params.slots + blockIdx.x * static_cast<int64_t>(length);
+  const auto place_of = [&](int run) { return run < count ? runs.place[run] : length; };
+  // The first run of which something does not hold that holds of those before.
+  const auto find_run = [&](auto holds) {
+    int low = 0, high = count;
+    while (low < high) {
       const int middle = (low + high) / 2;
-      if (runs.place[middle] <= i) {
-        low = middle;
+      if (holds(middle)) {
+        low = middle + 1;
       } else {
         high = middle;
       }
     }
-    sorted_ids[i] = runs.id[low];
-    order[i] = runs.first[low] + i - runs.place[low];
+    return low;
+  };
+#pragma unroll 4
+  for (int i = threadIdx.x; i < length; i += kThreads) {
+    const int run_of_token = find_run([&](int run) { return runs.place[run] <= i; }) - 1;
+    const int32_t id = runs.id[run_of_token];
+    const int token = runs.first[run_of_token] + i - runs.place[run_of_token];
+    int first_of_id = run_of_token, end_of_id = run_of_token + 1;
+    if (is_scattered) {
+      first_of_id = find_run([&](int run) { return runs.id[run] < id; });
+      end_of_id = find_run([&](int run) { return runs.id[run] <= id; });
+    }
+    sorted_ids[i] = id;
+    order[i] = token;
+    slots[token] = make_int2(place_of(first_of_id), place_of(end_of_id));
   }
 }
 

@@ -14,6 +14,7 @@ struct SortParams {
   const int32_t* ids;   // [B, S]
   int32_t* sorted_ids;  // [B, S]
   int32_t* order;       // [B, S]: whose they are; of equal ids in the order of the tokens
+  int2* slots;          // [B, S], by token: where those of its id begin and end in the order
   int32_t* scattered;   // [B]: whether the tokens of some id do not lie one behind the other
   // The least and greatest of kMaskRows ids and of kMaskKeys, as in MaskParams; the last stands for
   // what is behind it, up to a multiple of kMaskKeys.

@@ -194,9 +194,9 @@ __device__ __forceinline__ void MakeFinite(Vector<In> (&x)[kPasses]) {
 // extrema. kSampled: they are numbered among the samples.
 enum Access : int { kWide = 1, kSomeSeen = 2, kSorted = 4, kExtremaOfAll = 8, kSampled = 16 };
 
-// K's mean is that of every other 32 keys: any vector may be taken off K, and to read half of it
-// takes half the time. Of each 64 it is the first or the last by the parity of the block's number,
-// which has no period: rows of an image, as wide as they may be, are sampled evenly.
+// K's mean is that of half the keys: any vector may be taken off K, and to read the others takes
+// time. Of each 64 it is the first or the last 32, by the parity of the bits of the block's number,
+// which has no period: no column of an image is left out.
 constexpr int kSamples = kBlockKv / 2;  // of a block
 __device__ __forceinline__ int PositionOfSample(int sample) {
   const int block = sample / kSamples;

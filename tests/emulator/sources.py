@@ -83,7 +83,14 @@ def poison_results(source: str) -> str:
         ),
         (
             "  SortParams params{};\n",
-            ["(*sorted_ids)", "(*order)", "(*scattered)", "(*group_ranges)", "(*tile_ranges)"],
+            [
+                "(*sorted_ids)",
+                "(*order)",
+                "(*slots)",
+                "(*scattered)",
+                "(*group_ranges)",
+                "(*tile_ranges)",
+            ],
         ),
     ):
         assert source.count(place) == 1, place
