@@ -211,15 +211,14 @@ class MaskSuite:
         q, k, v = (jnp.asarray(x) for x in reference.inputs("normal", (2, S, N, H), (2, S, K, H)))
         ids = jnp.stack([ids_of((1, 45), (2, 70), (3, 35)), ids_of((7, 100), (2, 50))])
         run = functools.partial(jax_sage.attention, q, k, v, return_residual=True, **options)
-        for one, two in zip(
-            run(query_segment_ids=ids, key_value_segment_ids=ids),
-            run(query_segment_ids=ids, key_value_segment_ids=ids.copy()),
-            strict=True,
-        ):
-            # On Hopper of two kernels, whose tiles differ in size: sums in FP16 round at 2^-11.
-            one, two = (np.asarray(x, np.float64) for x in (one, two))
-            np.testing.assert_array_equal(np.isneginf(one), np.isneginf(two))
-            np.testing.assert_allclose(one, two, rtol=2.0**-9, atol=2.0**-9)
+        out, lse = run(query_segment_ids=ids, key_value_segment_ids=ids)
+        other, other_lse = run(query_segment_ids=ids, key_value_segment_ids=ids.copy())
+        # Where all keys are known to be seen K's means are of half of them, else of all: the errors
+        # of scores differ, by some 1 %, and where P is E4M3 a small move is now and then of 2^-3.
+        assert np.abs(out - other).mean() <= 0.04 * np.abs(other).mean()
+        lse, other_lse = (np.asarray(x, np.float64) for x in (lse, other_lse))
+        np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(other_lse))
+        np.testing.assert_allclose(lse, other_lse, atol=0.05)  # 5 sigma of the 1 % of a score
 
     @pytest.mark.parametrize("recipe", NAMED)
     def test_a_segment_may_begin_with_a_sink(self, recipe):

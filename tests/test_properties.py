@@ -126,7 +126,7 @@ def test_any_data_is_accurate(seed, recipe, kind, is_causal):
 
 @hypothesis.given(seed=seeds, recipe=recipes)
 def test_order_of_keys_does_not_matter(seed, recipe):
-    """A permutation only puts keys into other groups of INT8 scales."""
+    """A permutation puts keys into other groups of INT8 scales, and others into K's mean."""
     q, k, v = reference.inputs("normal", QUERY, KEY, seed=seed)
     order = np.random.default_rng(seed).permutation(KEY[1])
     out, lse = attention(q, k, v, recipe=recipe)
@@ -136,7 +136,7 @@ def test_order_of_keys_does_not_matter(seed, recipe):
     # twice; where P is E4M3, a small move of the score now and then becomes one of 2^-3.
     reference.assert_accurate(other, other_lse, expected, pv=pv_of(recipe))
     difference = np.abs(out - other).mean() / expected.typical.mean()
-    assert difference <= {"fp8": 0.03, "fp16": 0.015}[pv_of(recipe)]
+    assert difference <= {"fp8": 0.035, "fp16": 0.015}[pv_of(recipe)]
     assert np.abs(lse - other_lse).max() <= 0.05  # 5 sigma of the 1 % of a score
 
 

@@ -235,11 +235,9 @@ __device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params, co
       for (int c = 0; c < kVector; ++c) {
         float& value = values[pass][c];
         value = means.Center(value, c);
-        // By the size of a segment that it does not count in it may have become infinite.
-        if (Means::kBySlot && !counts) value = 0;
       }
       float row_absmax = find_absmax();
-      if (!(row_absmax < kInf)) {  // rare: as if zeros were there
+      if (counts && !(row_absmax < kInf)) {  // rare: as if zeros were there
         atomicMin(params.first_bad + head * static_cast<int64_t>(kBadRows * kHeadDim) +
                       kBadKey * kHeadDim,
                   tokens.Position(token));
@@ -277,12 +275,11 @@ __device__ __forceinline__ void KeyCodesOfChunk(const QuantizeParams& params, co
     for (int i = 0; i < kPassesPerBlock; ++i) {
       const int pass = block * kPassesPerBlock + i;
       const bool counts = tokens.Counts(first + T::template RowOfPass<kKey>(pass));
-      const float row_inverse = counts ? inverse : 0;
       const float (&v)[kVector] = values[pass];
       if (!HasCodes<kHeadDim>(params, T::Channel())) continue;
-      StoreCodes(out + pass * T::kRows * channels,
-                 make_uint2(PackInt8(v[0], v[1], v[2], v[3], row_inverse),
-                            PackInt8(v[4], v[5], v[6], v[7], row_inverse)));
+      const uint2 codes = make_uint2(PackInt8(v[0], v[1], v[2], v[3], inverse),
+                                     PackInt8(v[4], v[5], v[6], v[7], inverse));
+      StoreCodes(out + pass * T::kRows * channels, counts ? codes : make_uint2(0, 0));
     }
     if (T::Channel() == 0 && T::Row() % 2 == 0 && pair < kKeyScales) {
       params.k_scale[(first_index / kBlockKv + block) * kKeyScales + scale_class] =

@@ -225,9 +225,9 @@ __device__ __forceinline__ void FinishSlot(const SegmentedParams& params,
 // Rows of a tensor's partial statistics.
 template <Tensor kTensor>
 struct Rows {
-  static constexpr int kSum = kTensor == kKey ? kSumK : kSumV;
-  static constexpr int kMax = kTensor == kKey ? kMaxK : kMaxV;
-  static constexpr int kMin = kTensor == kKey ? kMinK : kMinV;
+  static constexpr PartialRow kSum = kTensor == kKey ? kSumK : kSumV;
+  static constexpr PartialRow kMax = kTensor == kKey ? kMaxK : kMaxV;
+  static constexpr PartialRow kMin = kTensor == kKey ? kMinK : kMinV;
 };
 
 __device__ __forceinline__ int64_t FirstPart(const SegmentedParams& params, int64_t unit,
@@ -240,41 +240,41 @@ template <Tensor kTensor, int kHeadDim>
 __device__ __forceinline__ void JoinPieces(const SegmentedParams& params,
                                            SharedPart<kHeadDim>& shared, int head, int slot,
                                            int first, int last) {
-  const int32_t* counts = params.piece_counts;
+  const auto piece_of = [&](int part) { return part == first ? kBegun : kContinued; };
   const int64_t unit = 2 * static_cast<int64_t>(head) + kTensor;
-  int count = __ldcg(counts + FirstPart(params, unit, kBegun) + first);
-  const int32_t* continued = counts + FirstPart(params, unit, kContinued);
-#pragma unroll 4
-  for (int part = first + 1; part <= last; ++part) count += __ldcg(continued + part);
-
-  Statistics of_thread;
-  const auto gather = [&](int row, auto add) {
-    constexpr int kPart = kPartialRows * kHeadDim;
-    const auto partials = [&](Piece piece) {
-      return params.partials + FirstPart(params, head, piece) * kPart;
-    };
-    Gather<kHeadDim>(partials(kBegun), first, first + 1, row, add);
-    Gather<kHeadDim>(partials(kContinued), first + 1, last + 1, row, add);
+  int count = 0;
+  for (int part = first + threadIdx.x % 32; part <= last; part += 32) {
+    count += __ldcg(params.piece_counts + FirstPart(params, unit, piece_of(part)) + part);
+  }
+  const auto partials = [&](int part) {
+    const int64_t index = FirstPart(params, head, piece_of(part)) + part;
+    return params.partials + index * (kPartialRows * kHeadDim);
   };
-  gather(Rows<kTensor>::kSum, [&](int i, float x) { of_thread.sum[i] += x; });
-  gather(Rows<kTensor>::kMax,
-         [&](int i, float x) { of_thread.max[i] = fmaxf(of_thread.max[i], x); });
-  gather(Rows<kTensor>::kMin,
-         [&](int i, float x) { of_thread.min[i] = fminf(of_thread.min[i], x); });
+  using RowsOf = Rows<kTensor>;
+  Statistics of_thread;
+  Gather<kHeadDim>(partials, first, last + 1, {RowsOf::kSum, RowsOf::kMax, RowsOf::kMin},
+                   [&](float (&x)[3][kVector]) {
+                     of_thread.AddSums(x[0]);
+                     of_thread.AddExtrema(x[1], x[2]);
+                   });
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    count += __shfl_xor_sync(kAllLanes, count, offset);
+  }
   FinishSlot<kTensor>(params, shared, head, slot, count,
                       Combine<true>(shared.statistics, of_thread));
 }
 
 // The statistics of `count` keys of a segment that are in a part: the segment's, or a piece of it.
-// The last to make a piece puts them together. Synchronizes.
+// The last to make a piece puts them together, and is told so. Synchronizes.
 template <Tensor kTensor, int kHeadDim>
-__device__ __forceinline__ void AddPiece(const SegmentedParams& params, const Plan& plan,
+__device__ __forceinline__ bool AddPiece(const SegmentedParams& params, const Plan& plan,
                                          SharedPart<kHeadDim>& shared, int head, int part, int slot,
                                          int slot_end, int count, const ChannelStatistics& all) {
   const int first = slot / plan.tokens_per_part, last = (slot_end - 1) / plan.tokens_per_part;
   if (first == last) {
     FinishSlot<kTensor>(params, shared, head, slot, count, all);
-    return;
+    return true;
   }
   const int c = threadIdx.x;
   const int64_t unit = 2 * static_cast<int64_t>(head) + kTensor;
@@ -293,7 +293,9 @@ __device__ __forceinline__ void AddPiece(const SegmentedParams& params, const Pl
     shared.statistics.is_last = pieces.fetch_add(1, cuda::memory_order_acq_rel) == last - first;
   }
   __syncthreads();
-  if (shared.statistics.is_last) JoinPieces<kTensor>(params, shared, head, slot, first, last);
+  const bool is_last = shared.statistics.is_last;
+  if (is_last) JoinPieces<kTensor>(params, shared, head, slot, first, last);
+  return is_last;
 }
 
 template <Tensor kTensor, int kHeadDim>
@@ -340,6 +342,16 @@ __device__ __forceinline__ int CountSeenOfRun(const SegmentedParams& params, int
   return count;
 }
 
+// Of how many parts all keys are of a run's segment.
+__device__ __forceinline__ int WholeParts(const SegmentedParams& params, const Plan& plan,
+                                          const SegmentRun& run) {
+  const int size = plan.tokens_per_part;
+  const int first = (run.slot + size - 1) / size;
+  const int end =
+      (run.slot_end == params.length_kv ? run.slot_end + size - 1 : run.slot_end) / size;
+  return max(end - first, 0);
+}
+
 // Statistics of a run, from place `begin` on, and of how many keys they are. K's are of samples,
 // numbered within the segment, where all keys count; else a segment might have none that counts.
 template <Tensor kTensor, class In, int kAccess, int kHeadDim>
@@ -382,6 +394,10 @@ template <Tensor kTensor, class In, int kAccess, int kHeadDim>
 __device__ __forceinline__ void MakePart(const SegmentedParams& params, const Plan& plan,
                                          Ring<In, kHeadDim>& ring, SharedPart<kHeadDim>& shared,
                                          int head, int part, int begin, int end) {
+  const int part_begin = begin;
+  // A part arrives when it is done, but if it is a piece as a whole, with the one that puts the
+  // pieces together.
+  int arriving = 1;
 #pragma unroll 1
   while (begin < end) {
     const SegmentRun run = LoadRun(params, head, begin);
@@ -389,14 +405,17 @@ __device__ __forceinline__ void MakePart(const SegmentedParams& params, const Pl
     const Statistics of_thread =
         StatisticsOfRun<kTensor, In, kAccess>(params, ring, head, begin, run, count);
     __syncthreads();  // all have read `shared`
-    AddPiece<kTensor>(params, plan, shared, head, part, run.slot, run.slot_end, count,
-                      Combine<true>(shared.statistics, of_thread));
+    const bool is_done = AddPiece<kTensor>(params, plan, shared, head, part, run.slot, run.slot_end,
+                                           count, Combine<true>(shared.statistics, of_thread));
+    const bool is_whole = begin == part_begin && run.end == end;
+    if (is_whole && !is_done) return;
+    if (is_done) arriving += WholeParts(params, plan, run) - (is_whole ? 1 : 0);
     begin = run.end;
   }
   __syncthreads();
   if (threadIdx.x == 0) {
     const Arrivals arrivals(params.arrivals[2 * static_cast<int64_t>(head) + kTensor]);
-    arrivals.fetch_add(1, cuda::memory_order_release);
+    arrivals.fetch_add(arriving, cuda::memory_order_release);
   }
 }
 
@@ -509,8 +528,8 @@ template <class In, int kAccess, int kHeadDim>
 __global__ void __launch_bounds__(kThreads<kHeadDim>, kCtasPerSm<In, kAccess, kHeadDim>)
     QuantizeSegments(const __grid_constant__ SegmentedParams params, const Plan plan) {
   if (!kIsBuilt<kHeadDim>) return;
-  LetNextStart();
   WaitForPrevious();
+  LetNextStart();  // which may read what the launches before this one have made
   extern __shared__ uint4 dynamic[];
   auto& shared = *reinterpret_cast<SharedSegments<In, kHeadDim>*>(dynamic);
   const auto [item, is_codes] = TurnOf(plan, blockIdx.x);
@@ -531,7 +550,6 @@ template <int kHeadDim>
 __global__ void __launch_bounds__(kThreads<kHeadDim>) FinishChannels(const SegmentedParams params) {
   if (!kIsBuilt<kHeadDim>) return;
   LetNextStart();
-  WaitForPrevious();
   constexpr int kPlaces = kThreads<kHeadDim>;
   __shared__ uint32_t begins[kPlaces / 32];
   const int groups = (params.length_kv + kPlaces - 1) / kPlaces;
@@ -542,6 +560,7 @@ __global__ void __launch_bounds__(kThreads<kHeadDim>) FinishChannels(const Segme
   const uint32_t of_warp = __ballot_sync(kAllLanes, begins_here);
   if (threadIdx.x % 32 == 0) begins[threadIdx.x / 32] = of_warp;
   if (!__syncthreads_or(begins_here)) return;
+  WaitForPrevious();
   constexpr int kAtOnce = kPlaces / kHeadDim;
   static_assert(kPlaces % kHeadDim == 0);
   const int c = threadIdx.x % kHeadDim;

@@ -43,7 +43,8 @@ __device__ __forceinline__ int SumBefore(int x, int (&sums)[kThreads / 32], int&
 }
 
 // Of the ids from `first` on, of which each thread has kMostOfThread.
-__device__ __forceinline__ void StoreRanges(const SortParams& params, int first, int2 range) {
+__device__ __forceinline__ void StoreRanges(const SortParams& params, int64_t batch, int first,
+                                            int2 range) {
   const int64_t tiles = (params.length + kMaskKeys - 1) / kMaskKeys;
   const auto widen = [&](int ids) {
     const int offset = ids / kMostOfThread;
@@ -55,37 +56,61 @@ __device__ __forceinline__ void StoreRanges(const SortParams& params, int first,
   for (int ids = kMostOfThread; ids < kMaskRows; ids *= 2) widen(ids);
   static_assert(kMaskKeys == 2 * kMaskRows && kMaskRows % kMostOfThread == 0);
   if (is_one && first % kMaskRows == 0) {
-    params.group_ranges[blockIdx.x * (2 * tiles) + first / kMaskRows] = range;
+    params.group_ranges[batch * (2 * tiles) + first / kMaskRows] = range;
   }
   widen(kMaskRows);
   if (is_one && first % kMaskKeys == 0) {
-    params.tile_ranges[blockIdx.x * tiles + first / kMaskKeys] = range;
+    params.tile_ranges[batch * tiles + first / kMaskKeys] = range;
   }
 }
+
+// A thread's neighbouring ids, from `first` on; the last stands for what is behind it.
+__device__ __forceinline__ void LoadIds(int32_t (&x)[kMostOfThread], const int32_t* ids, int first,
+                                        int length) {
+  static_assert(kMostOfThread % 4 == 0);
+  if (first + kMostOfThread <= length && reinterpret_cast<uintptr_t>(ids) % sizeof(int4) == 0) {
+#pragma unroll
+    for (int i = 0; i < kMostOfThread / 4; ++i) {
+      const int4 four = __ldg(reinterpret_cast<const int4*>(ids + first) + i);
+      x[4 * i] = four.x, x[4 * i + 1] = four.y, x[4 * i + 2] = four.z, x[4 * i + 3] = four.w;
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kMostOfThread; ++i) x[i] = __ldg(ids + min(first + i, length - 1));
+}
+
+// CTAs of a batch entry: each sorts, and writes a slice of the results, which takes longer.
+constexpr int kSlices = 8;
 
 // A CTA sorts the ids of a batch entry: not the tokens but their runs, which are few as a rule.
 __global__ void __launch_bounds__(kThreads) SortIds(const SortParams params) {
   LetNextStart();
+  WaitForPrevious();
+  const int64_t batch = blockIdx.x / kSlices;
+  const int slice = blockIdx.x % kSlices;
   extern __shared__ uint4 dynamic[];
   Shared& shared = *reinterpret_cast<Shared*>(dynamic);
   Runs& runs = shared.runs;
   const int length = params.length;
-  const int32_t* ids = params.ids + blockIdx.x * static_cast<int64_t>(length);
+  const int32_t* ids = params.ids + batch * length;
 
   // The runs, of a few neighbouring tokens by each thread.
   const int first = threadIdx.x * kMostOfThread;
   uint32_t begins = 0;  // bits of tokens that begin a run
-  int32_t last = ids[min(max(first - 1, 0), length - 1)];
+  int32_t of_thread[kMostOfThread];
+  LoadIds(of_thread, ids, first, length);
+  int32_t last = __ldg(ids + min(max(first - 1, 0), length - 1));
   int2 range = make_int2(INT32_MAX, INT32_MIN);
 #pragma unroll
   for (int i = 0; i < kMostOfThread; ++i) {
     const int token = first + i;
-    const int32_t id = ids[min(token, length - 1)];
+    const int32_t id = of_thread[i];
     if (token < length && (token == 0 || last != id)) begins |= 1u << i;
     range = make_int2(min(range.x, id), max(range.y, id));
     last = id;
   }
-  StoreRanges(params, first, range);
+  if (slice == 0) StoreRanges(params, batch, first, range);
   int count;
   int run = SumBefore(__popc(begins), shared.sums, count);
   for (; begins != 0; begins &= begins - 1, ++run) {
@@ -134,11 +159,12 @@ __global__ void __launch_bounds__(kThreads) SortIds(const SortParams params) {
     is_scattered = is_scattered || runs.id[i - 1] == runs.id[i];
   }
   is_scattered = __syncthreads_or(is_scattered);
-  if (threadIdx.x == 0) params.scattered[blockIdx.x] = is_scattered;
+  if (slice == 0 && threadIdx.x == 0) params.scattered[batch] = is_scattered;
 
   // Where each run's tokens begin in the order.
-  const int of_thread = (count + kThreads - 1) / kThreads;
-  const int first_run = threadIdx.x * of_thread, end_run = min(first_run + of_thread, count);
+  const int runs_of_thread = (count + kThreads - 1) / kThreads;
+  const int first_run = threadIdx.x * runs_of_thread;
+  const int end_run = min(first_run + runs_of_thread, count);
   int tokens = 0, all;
   for (int i = first_run; i < end_run; ++i) tokens += runs.place[i];
   int place = SumBefore(tokens, shared.sums, all);
@@ -148,9 +174,9 @@ __global__ void __launch_bounds__(kThreads) SortIds(const SortParams params) {
     place = next;
   }
   __syncthreads();
-  int32_t* sorted_ids = params.sorted_ids + blockIdx.x * static_cast<int64_t>(length);
-  int32_t* order = params.order + blockIdx.x * static_cast<int64_t>(length);
-  int2* slots = params.slots + blockIdx.x * static_cast<int64_t>(length);
+  int32_t* sorted_ids = params.sorted_ids + batch * length;
+  int32_t* order = params.order + batch * length;
+  int2* slots = params.slots + batch * length;
   const auto place_of = [&](int run) { return run < count ? runs.place[run] : length; };
   // The first run of which something does not hold that holds of those before.
   const auto find_run = [&](auto holds) {
@@ -165,8 +191,7 @@ __global__ void __launch_bounds__(kThreads) SortIds(const SortParams params) {
     }
     return low;
   };
-#pragma unroll 4
-  for (int i = threadIdx.x; i < length; i += kThreads) {
+  for (int i = slice * kThreads + threadIdx.x; i < length; i += kSlices * kThreads) {
     const int run_of_token = find_run([&](int run) { return runs.place[run] <= i; }) - 1;
     const int32_t id = runs.id[run_of_token];
     const int token = runs.first[run_of_token] + i - runs.place[run_of_token];
@@ -184,12 +209,14 @@ __global__ void __launch_bounds__(kThreads) SortIds(const SortParams params) {
 }  // namespace
 
 cudaError_t LaunchSortIds(const SortParams& params, cudaStream_t stream) {
-  if (params.batch > INT32_MAX || params.length > kMostSorted) return cudaErrorInvalidConfiguration;
+  if (params.batch > INT32_MAX / kSlices || params.length > kMostSorted) {
+    return cudaErrorInvalidConfiguration;
+  }
   const cudaError_t error =
       cudaFuncSetAttribute(SortIds, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (error != cudaSuccess) return error;
-  SortIds<<<static_cast<unsigned>(params.batch), kThreads, sizeof(Shared), stream>>>(params);
-  return cudaGetLastError();
+  return LaunchOverlapping(SortIds, static_cast<unsigned>(kSlices * params.batch), kThreads,
+                           sizeof(Shared), stream, params);
 }
 
 }  // namespace jax_sage

@@ -79,6 +79,18 @@ struct Statistics {
       min[i] = kInf;
     }
   }
+  __device__ __forceinline__ void AddSums(const float (&x)[kVector]) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) sum[i] += x[i];
+  }
+  __device__ __forceinline__ void AddExtrema(const float (&high)[kVector],
+                                             const float (&low)[kVector]) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      max[i] = fmaxf(max[i], high[i]);
+      min[i] = fminf(min[i], low[i]);
+    }
+  }
 };
 
 // Which tokens need their extrema too: V's for its scales, K's of a segment for its size.
@@ -212,20 +224,22 @@ __device__ __forceinline__ ChannelStatistics Combine(SharedStatistics<kHeadDim>&
   return result;
 }
 
-// Adds a row of the partial statistics `begin` to `end` - 1, each thread to some of its channels.
-template <int kHeadDim, class Add>
-__device__ __forceinline__ void Gather(const float* partials, int begin, int end, int row,
-                                       Add add) {
+// Reads rows of the partial statistics of the parts `begin` to `end` - 1, which begin at
+// `partials(part)`: all rows of a part at once, as each is a way to L2. Each thread calls add(x)
+// with kVector channels of these rows for some of the parts.
+template <int kHeadDim, class Partials, int kCount, class Add>
+__device__ __forceinline__ void Gather(Partials partials, int begin, int end,
+                                       const PartialRow (&rows)[kCount], Add add) {
   constexpr int kThreadsPerRow = kHeadDim / kVector;
   const int channel = threadIdx.x % kThreadsPerRow * kVector;
-#pragma unroll 4
+#pragma unroll 1
   for (int part = begin + threadIdx.x / kThreadsPerRow; part < end;
        part += SharedStatistics<kHeadDim>::kRows) {
-    float x[kVector];
-    LoadFloats(x, partials + part * static_cast<int64_t>(kPartialRows * kHeadDim) + row * kHeadDim +
-                      channel);
+    const float* of_part = partials(part) + channel;
+    float x[kCount][kVector];
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) add(i, x[i]);
+    for (int row = 0; row < kCount; ++row) LoadFloats(x[row], of_part + rows[row] * kHeadDim);
+    add(x);
   }
 }
 
@@ -283,24 +297,27 @@ __device__ __forceinline__ void FinishStatistics(const QuantizeParams& params, c
                                                  SharedStatistics<kHeadDim>& shared, int head) {
   constexpr int kThreadsPerRow = kHeadDim / kVector;
   const int channel = threadIdx.x % kThreadsPerRow * kVector;
-  const float* partials =
-      params.partials + head * (static_cast<int64_t>(params.parts) * (kPartialRows * kHeadDim));
-  const auto gather = [&](int row, auto add) {
-    Gather<kHeadDim>(partials, 0, params.parts, row, add);
+  const auto partials = [&](int part) {
+    const int64_t index = head * static_cast<int64_t>(params.parts) + part;
+    return params.partials + index * (kPartialRows * kHeadDim);
   };
   Statistics of_thread;
-  gather(kTensor == kKey ? kSumK : kSumV, [&](int i, float x) { of_thread.sum[i] += x; });
-  if (kTensor == kKey) {
-    for (int part = threadIdx.x; part < params.parts; part += kThreads<kHeadDim>) {
-      const float* of_part = partials + part * static_cast<int64_t>(kPartialRows * kHeadDim);
-      atomicAdd(&shared.count, __float_as_int(__ldcg(of_part + kCountK * kHeadDim)));
-    }
-  } else {
-    gather(kBadV, [&](int i, float x) {
-      if (__float_as_int(x) != kNever) atomicMin(&shared.bad[channel + i], __float_as_int(x));
+  if constexpr (kTensor == kKey) {
+    Gather<kHeadDim>(partials, 0, params.parts, {kSumK, kCountK}, [&](float (&x)[2][kVector]) {
+      of_thread.AddSums(x[0]);
+      if (channel == 0) atomicAdd(&shared.count, __float_as_int(x[1][0]));
     });
-    gather(kMaxV, [&](int i, float x) { of_thread.max[i] = fmaxf(of_thread.max[i], x); });
-    gather(kMinV, [&](int i, float x) { of_thread.min[i] = fminf(of_thread.min[i], x); });
+  } else {
+    Gather<kHeadDim>(partials, 0, params.parts, {kSumV, kMaxV, kMinV, kBadV},
+                     [&](float (&x)[4][kVector]) {
+                       of_thread.AddSums(x[0]);
+                       of_thread.AddExtrema(x[1], x[2]);
+#pragma unroll
+                       for (int i = 0; i < kVector; ++i) {
+                         const int bad = __float_as_int(x[3][i]);
+                         if (bad != kNever) atomicMin(&shared.bad[channel + i], bad);
+                       }
+                     });
   }
   const ChannelStatistics all = Combine<kTensor == kValue>(shared, of_thread);
   const int c = threadIdx.x;
