@@ -1,5 +1,7 @@
 """The CUDA lowering: two custom calls, quantization and attention, and how a kernel is chosen.
 
+What masks need besides, with calls of its own, makes mask_operands.py.
+
 Intermediate buffers are results of the first call. Layouts (also checked by the C++ handlers):
 head dimensions are padded to Hp = 64, 128, 192 or 256, queries to a multiple of 128, keys to a
 multiple of 64; padding is zero. FP8 V is stored transposed, and its keys permuted within each 16 so

@@ -10,6 +10,8 @@ words   uint32 [B, N, Sp/128, Tp, 4]: bit 8(2h + e) + 7 - i of element j: key 16
 views   uint8 [B, N, Tp/64, Sp/128]: whether 64 queries see none (0), all (1) or some (5) of 128
 ids     int32 [B, Tp] and [B, Sp], and the least and greatest of 64 queries and of 128 keys
 bias    as given; keys padded to Sp, or two columns that stand for all
+and with segments, behind all others:
+scattered  int32 [B]: 1 where the keys of some segment do not lie one behind the other
 """
 
 import functools

@@ -867,13 +867,13 @@ def test_masks_need_to_know_how_many_keys_count():
 @needs_module
 def test_ids_may_be_alike_for_all_batch_entries():
     args, results, attrs = right_call("quantize of segments")
-    for i in range(3, 8):
+    for i in range(3, 9):
         args[i] = (args[i][0], [1, *args[i][1][1:]])
-        # The sorted ids and whose they are belong together.
-        assert (complaint("quantize", args, results, attrs) is None) == (i != 5)
+        # The sorted ids, whose they are, and the slots belong together.
+        assert (complaint("quantize", args, results, attrs) is None) == (i not in (5, 6))
     # Without the array that says which keys are seen, all are.
     attrs["some_seen"] = 0.0
-    assert "8 arguments, expected 7" in complaint("quantize", args, results, attrs)
+    assert "9 arguments, expected 8" in complaint("quantize", args, results, attrs)
     args, results, _ = right_call("quantize of segments")
     assert complaint("quantize", [*args[:3], *args[4:]], results, attrs) is None
 

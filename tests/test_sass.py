@@ -178,7 +178,7 @@ def test_quantization_of_segments_keeps_to_registers(arch, tmp_path):
     for name, memory in used.items():
         # A few more registers would cost a third of the CTAs that fit on an SM (of 512 threads
         # there is one anyway, with 128 registers a thread at most), and 14 % of the speed, more
-        # than what is spilled: 76 bytes for 16-bit inputs, beside the frames of what is rare, in
+        # than what is spilled: 64 bytes for 16-bit inputs, beside the frames of what is rare, in
         # functions of its own.
         assert sum(memory) <= 128, name
 

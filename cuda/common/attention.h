@@ -75,7 +75,7 @@ struct AttentionParams {
   // With segments, else null; channels, value_code_sum and per_counted_key are null then. Slots as
   // in layout.h.
   const float* slot_channels;  // [B, K, S, kSlotRows, Hc]
-  const int32_t* query_slots;  // [B, Tp]; -1: the query sees no key
+  const int32_t* query_slots;  // [B, Tp]; -1: no key has the query's id
   bool alike;                  // by their positions, queries see about as many keys each
   // Null, but with segments by intervals: what queries see, as rows and groups of MaskParams, where
   // the keys of a segment lie one behind the other; and of which batch entries they do not,

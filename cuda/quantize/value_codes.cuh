@@ -142,7 +142,7 @@ __device__ __forceinline__ void ValueCodesOfChunk(const QuantizeParams& params, 
       return make_float2((value.x - mean.x) * inverse.x, (value.y - mean.y) * inverse.y);
     };
     if constexpr (kFp8) {
-      uint32_t is_key = 0;  // bytes of keys that exist
+      uint32_t is_key = 0;  // bytes of keys that count
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
         if (tokens.Counts(first + T::template RowOfPass<kValue>(pass))) is_key |= 0xffu << 8 * pass;
@@ -205,7 +205,7 @@ __device__ __forceinline__ bool IsBad(const QuantizeParams& params, int head, in
                 kBadValue * kHeadDim + channel) != kNever;
 }
 
-// The codes of V of such keys.
+// The codes of V of `count` keys of which none counts, a multiple of kBlockKv.
 template <int kHeadDim>
 __device__ __forceinline__ void ZeroValueCodes(const QuantizeParams& params, int head, int first,
                                                int count) {
