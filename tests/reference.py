@@ -9,6 +9,8 @@ import math
 import ml_dtypes
 import numpy as np
 
+from jax_sage.quantization import is_sample
+
 DISTRIBUTIONS = ("normal", "outlier", "heavy", "constant")
 
 # Largest relative error of rounding to nearest (for E4M3 2^-4 / (1 + 2^-4), a tie just above a
@@ -168,13 +170,14 @@ def analyse(q, k, v, *, scale=None, pv="fp8", rows=None, **masks) -> Reference:
 
     query_ids, key_ids = masks.get("query_segment_ids"), masks.get("key_value_segment_ids")
     if query_ids is None:
-        return _analyse(*arguments, seen)
+        return _analyse(*arguments, seen, seen & is_sample(np.arange(length_kv)))
     # Each segment has statistics of its own. Keys of two segments may share a scale, after they
     # were brought to the same size but for a factor of 2.
     query_ids, key_ids = np.asarray(query_ids)[..., rows], np.asarray(key_ids)
     merged = None
     for segment in np.unique(query_ids):
-        x = _analyse(*arguments, seen & (key_ids == segment)[..., None, :], coarser=2)
+        keys = seen & (key_ids == segment)[..., None, :]
+        x = _analyse(*arguments, keys, keys, coarser=2)
         merged = x if merged is None else merged
         of_segment = (query_ids == segment)[..., None]
         for name, array in vars(x).items():
@@ -183,8 +186,11 @@ def analyse(q, k, v, *, scale=None, pv="fp8", rows=None, **masks) -> Reference:
     return merged
 
 
-def _analyse(q, k, v, scale, pv, visible, bias, seen, coarser=1) -> Reference:
-    """visible and bias (or None) are [*B, N, T, S]; seen, the keys of the means, is [*B, K, S]."""
+def _analyse(q, k, v, scale, pv, visible, bias, seen, samples, coarser=1) -> Reference:
+    """visible and bias (or None) are [*B, N, T, S].
+
+    Keys are [*B, K, S]: those that are seen, of which is V's mean, and those that K's is of.
+    """
     *batch, length_q, heads, head_dim = q.shape
     length_kv, kv_heads = k.shape[-3:-1]
     shape = (*batch, kv_heads, heads // kv_heads, length_q)
@@ -195,7 +201,7 @@ def _analyse(q, k, v, scale, pv, visible, bias, seen, coarser=1) -> Reference:
 
     # [*B, K, G, T, H], [*B, K, 1, S, H]; what no query sees counts nowhere
     q = np.moveaxis(q, -3, -2).reshape(*shape, head_dim)
-    seen = seen[..., None, :, None]
+    seen, samples = seen[..., None, :, None], samples[..., None, :, None]
     k, v = (np.moveaxis(x, -3, -2)[..., None, :, :] for x in (k, v))
     k, v = np.where(seen, k, 0), np.where(seen, v, 0)
     visible = visible.reshape(*shape, length_kv)
@@ -218,7 +224,9 @@ def _analyse(q, k, v, scale, pv, visible, bias, seen, coarser=1) -> Reference:
         out = weights @ v
         lse = (top + np.log(np.where(blind, 1, total)))[..., 0]
 
-        k_mean, v_mean = (x.sum(-2, keepdims=True) / number for x in (k, v))
+        v_mean = v.sum(-2, keepdims=True) / number
+        k_mean = np.where(samples, k, 0).sum(-2, keepdims=True)
+        k_mean /= np.maximum(samples.sum(-2, keepdims=True), 1)
         deviation = np.abs(k - bf16(k_mean)) * seen
         # its mean is rounded to bfloat16
         spread = (np.abs(v - v_mean) + 2.0**-8 * np.abs(v_mean)) * seen
