@@ -320,6 +320,7 @@ class Segments(NamedTuple):
 
     order: jax.Array  # int32 [*B, S], keys sorted by id
     ids: jax.Array  # int32 [*B, S], their ids
+    number: jax.Array  # int32 [*B, S], of a key among those of its segment
     key_index: jax.Array  # int32 [*B, S], where in the table a key's segment is
     query_index: jax.Array  # int32 [*B, T], the same; anything if no key has the id
 
@@ -331,14 +332,18 @@ class Segments(NamedTuple):
             jnp.broadcast_to(x, (*batch, x.shape[-1])) for x in (query_ids, key_ids)
         )
         ids, order = sort_ids(key_ids)
-        search = functools.partial(jnp.searchsorted, side="right")
-        for _ in range(ids.ndim - 1):
-            search = jax.vmap(search)
+
+        def search(wanted: jax.Array, side: str) -> jax.Array:
+            find = functools.partial(jnp.searchsorted, side=side)
+            for _ in range(ids.ndim - 1):
+                find = jax.vmap(find)
+            return find(ids, wanted).astype(jnp.int32)
 
         def last(wanted: jax.Array) -> jax.Array:
-            return jnp.maximum(search(ids, wanted).astype(jnp.int32) - 1, 0)
+            return jnp.maximum(search(wanted, "right") - 1, 0)
 
-        return cls(order, ids, last(key_ids), last(query_ids))
+        number = jnp.argsort(order, axis=-1).astype(jnp.int32) - search(key_ids, "left")
+        return cls(order, ids, number, last(key_ids), last(query_ids))
 
     def table(
         self, x: jax.Array, combine: Callable[[jax.Array, jax.Array], jax.Array]

@@ -8,8 +8,8 @@ to {2j, 2j+1} modulo 8, j = 0..3. Those are the columns that one thread holds of
 ``mma.m16n8`` as well as of ``wgmma.m64nN``, so a thread multiplies its scores by one number per
 row. V: one scale per channel over the sequence.
 
-Where all keys count, K's mean is that of half of them (:func:`is_sample`): to read the others takes
-time, and any vector may be subtracted.
+K's mean is that of half the keys (:func:`is_sample`): to read the others takes time, and any vector
+may be subtracted.
 
 Keys that no query sees (``seen``) do not count: their codes are zero, and nothing depends on what
 they hold. Segments that do not see each other have statistics of their own: means, V's scales, and
@@ -128,14 +128,15 @@ def look_up(table: jax.Array, index: jax.Array | None) -> jax.Array:
     return jnp.take_along_axis(table, index[..., None, :, None], axis=-2)
 
 
-def is_sample(position: np.ndarray) -> np.ndarray:
-    """Whether K's mean is also of the keys at these positions: the first or last 32 of each 64.
+def is_sample(number: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+    """Whether K's mean is also of the keys with these numbers: the first or last 32 of each 64.
 
     Which of them is the parity of the bits of the block's number. That has no period, so no column
     of an image is left out, and where rows are as long as a power of two all count about alike.
     """
-    last_half = np.bitwise_count(position // BLOCK_KV) % 2
-    return position // (BLOCK_KV // 2) % 2 == last_half
+    count_bits = np.bitwise_count if isinstance(number, np.ndarray) else lax.population_count
+    last_half = count_bits(number // BLOCK_KV) % 2
+    return number // (BLOCK_KV // 2) % 2 == last_half
 
 
 def _mean(total: jax.Array, one_over_count: jax.Array | np.float32) -> jax.Array:
@@ -227,9 +228,12 @@ def quantize(
 
     counted = np.ones(length, bool) if seen is None else seen
     one_over_count = one_over(counted)
-    # Those that are seen, or a segment's, might have no sample among them.
-    all_alike = seen is None and segments is None
-    samples = is_sample(np.arange(length)) if all_alike else counted
+    if segments is None:
+        samples = counted & is_sample(np.arange(length))
+    elif seen is None:
+        samples = is_sample(segments.number)[..., None, :]
+    else:  # a segment might have no sample that is seen
+        samples = counted
 
     key_index = query_index = None
     if segments is not None:
@@ -263,7 +267,8 @@ def quantize(
     exact_scale = jnp.where(jnp.isnan(q_scale), q_scale, _f32(scale_log2))
     q_scale = choose(switches.exact_qk, exact_scale, q_scale)
     if segments is not None:
-        size = _power_of_two(jnp.max(_absmax(k, segments), axis=-1, keepdims=True))
+        absmax = _absmax(only(samples, k), segments)
+        size = _power_of_two(jnp.max(absmax, axis=-1, keepdims=True))
         k = k / look_up(size, key_index)
         of_query = jnp.swapaxes(look_up(size, query_index), -1, -2)  # [*B, K, 1, T]
         shape = (*batch, kv_heads, -1, q.shape[-2])

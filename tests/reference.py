@@ -170,13 +170,7 @@ def analyse(q, k, v, *, scale=None, pv="fp8", rows=None, **masks) -> Reference:
 
     query_ids, key_ids = masks.get("query_segment_ids"), masks.get("key_value_segment_ids")
     if query_ids is None:
-        # Of K's mean are half of the keys if it is known that all count, or those before an end.
-        limited = {name for name, x in masks.items() if x is not None} & {
-            "mask", "bias", "query_seq_lengths", "key_value_seq_lengths",
-            *(() if seen.all() else ("local_window_size",)),
-        }  # fmt: skip
-        samples = seen if limited else seen & is_sample(np.arange(length_kv))
-        return _analyse(*arguments, seen, samples)
+        return _analyse(*arguments, seen, seen & is_sample(np.arange(length_kv)))
     # Each segment has statistics of its own. Keys of two segments may share a scale, after they
     # were brought to the same size but for a factor of 2.
     query_ids, key_ids = np.asarray(query_ids)[..., rows], np.asarray(key_ids)

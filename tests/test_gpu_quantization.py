@@ -501,7 +501,7 @@ def test_segments_are_bitwise_equal(recipe, name):
 @pytest.mark.parametrize("head_dim", [64, 128, 200])
 @pytest.mark.parametrize("name", SEGMENTS)
 def test_segments_of_which_all_keys_are_seen(name, head_dim):
-    """Without an array that says so."""
+    """K's means are of samples then, numbered within each segment."""
     skip_without_kernel(head_dim)
     q, k, v = inputs("outlier", (2, 900, 2, head_dim), (2, 900, 2, head_dim), "bfloat16")
     k[0, 40, 1, 0], k[1, 899, 0, 2], v[1, 700, 0, 2] = np.nan, -np.inf, np.inf

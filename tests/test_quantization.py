@@ -209,6 +209,7 @@ def test_means_of_k_are_of_half_the_keys():
     blocks = is_sample.reshape(-1, 2, 32)
     assert (blocks.all(-1) == ~blocks.any(-1)[:, ::-1]).all()  # one half as a whole
     np.testing.assert_array_equal(blocks[:4, 0, 0], [True, False, False, True])
+    np.testing.assert_array_equal(jax.jit(quantization.is_sample)(np.arange(65536)), is_sample)
     for width in range(1, 400):
         share = is_sample[: 65536 // width * width].reshape(-1, width).mean(0)
         # Blocks of three have mostly the same parities at their ends, hence 0.26 with 192 columns.
@@ -261,12 +262,17 @@ def test_segments_are_quantized_each_for_itself(recipe):
     x = quantize(q, k, v, RECIPES[recipe], segments=segments)
     key_index, query_index = np.asarray(segments.key_index), np.asarray(segments.query_index)
 
+    def centered_keys(batch, segment):
+        """[K, keys, H], and the absolute maximum of the samples."""
+        own = heads_first(k[batch, key_ids[batch] == segment]).astype(np.float64)
+        samples = quantization.is_sample(np.arange(own.shape[-2]))
+        own -= reference.bf16(own[:, samples].mean(-2, keepdims=True))
+        return own, np.abs(own[:, samples]).max((-1, -2), keepdims=True)
+
     for batch in range(2):
         for segment in (7, 100):
             keys, rows = key_ids[batch] == segment, query_ids[batch] == segment
-            of_segment = (y[batch, at] for y, at in ((q, rows), (k, keys), (v, keys)))
-            all_seen = np.ones((1, keys.sum()), bool)  # so K's mean is of all keys, not of samples
-            alone = quantize(*of_segment, RECIPES[recipe], seen=all_seen)
+            alone = quantize(q[batch, rows], k[batch, keys], v[batch, keys], RECIPES[recipe])
             entry = key_index[batch, keys][0]
             assert (key_index[batch, keys] == entry).all()
             assert (query_index[batch, rows] == entry).all()
@@ -284,10 +290,14 @@ def test_segments_are_quantized_each_for_itself(recipe):
             ratio = x.q_scale[batch][:, rows] / alone.q_scale  # of query heads
             assert (ratio == ratio[::2, :1].repeat(2, 0)).all()
             restored = centered[:, keys] * ratio[::2, :1, None]
-            own = heads_first(k[batch, keys]).astype(np.float64)
-            own -= reference.bf16(own.mean(-2, keepdims=True))
-            # Up to twice the step of the segment alone: its keys share scales with others.
-            step = np.abs(own).max((-1, -2), keepdims=True) * 2 / 127
+            # A segment's size is the power of two of its samples' largest. Another's keys may be
+            # twice its size, and as much more as they are larger than its samples.
+            own, sampled_absmax = centered_keys(batch, segment)
+            larger = [
+                np.abs(x).max((-1, -2), keepdims=True) / most
+                for x, most in (centered_keys(batch, other) for other in size)
+            ]
+            step = sampled_absmax * 2 * np.maximum.reduce(larger) / 127
             assert np.all(np.abs(restored - own) <= step * 0.501)
 
 

@@ -46,16 +46,18 @@ struct Part {
   bool is_codes;   // else its statistics are made
 };
 
-// Of K those of its samples, where all keys of the head count: else there might be none.
-template <Tensor kTensor, class In, int kAccess, bool kSamples, int kHeadDim>
+// Of K those of its samples.
+template <Tensor kTensor, class In, int kAccess, int kHeadDim>
 __device__ __forceinline__ void MakeStatistics(const QuantizeParams& params, const Plan& plan,
                                                Shared<In, kHeadDim>& shared, const Part& part) {
-  constexpr bool kIsSampled = kTensor == kKey && kSamples;
-  using T = Tokens<In, kIsSampled ? kAccess | kSampled : kAccess, kHeadDim>;
+  using T = Tokens<In, kTensor == kKey ? kAccess | kSampled : kAccess, kHeadDim>;
   T tokens = TokensOf<kTensor, T>(params, part.head);
   int begin = part.begin, end = part.end;
-  if constexpr (kIsSampled) begin = SamplesOf(begin), end = tokens.length = SamplesOf(end);
-  int count = end - begin;
+  int count = 0;
+  if constexpr (kTensor == kKey) {
+    begin = SamplesOf(begin), end = tokens.length = SamplesOf(end);
+    count = end - begin;
+  }
   Stream<kTensor, T> stream(tokens, shared.ring, begin, end, false);
   if constexpr (kTensor == kKey && T::kHasUnseen) count = CountSeen(tokens, begin, end);
   MakeStatistics<kTensor>(params, plan, shared.of_item.statistics, tokens, stream, part.head,
@@ -79,13 +81,13 @@ __device__ __forceinline__ void MakeCodes(const QuantizeParams& params,
   }
 }
 
-template <Tensor kTensor, class In, int kAccess, bool kSamples, int kHeadDim>
+template <Tensor kTensor, class In, int kAccess, int kHeadDim>
 __device__ __forceinline__ void MakePart(const QuantizeParams& params, const Plan& plan,
                                          Shared<In, kHeadDim>& shared, const Part& part) {
   if (part.is_codes) {
     MakeCodes<kTensor, In, kAccess>(params, shared, part);
   } else {
-    MakeStatistics<kTensor, In, kAccess, kSamples>(params, plan, shared, part);
+    MakeStatistics<kTensor, In, kAccess>(params, plan, shared, part);
   }
 }
 
@@ -115,11 +117,11 @@ __device__ __forceinline__ void MakeItem(const QuantizeParams& params, const Pla
     }
     if (count == 0) part.end = begin;
     if (count == 0 || count == end_token - begin) {
-      MakePart<kTensor, In, kAccess & ~kSomeSeen, false>(params, plan, shared, part);
+      MakePart<kTensor, In, kAccess & ~kSomeSeen>(params, plan, shared, part);
       return;
     }
   }
-  MakePart<kTensor, In, kAccess, (kAccess & kSomeSeen) == 0>(params, plan, shared, part);
+  MakePart<kTensor, In, kAccess>(params, plan, shared, part);
 }
 
 template <class In, int kHeadDim>

@@ -305,13 +305,16 @@ __device__ __forceinline__ int* FirstBad(const SegmentedParams& params, int head
              kHeadDim;
 }
 
-// Of keys in their order, from place `begin` on, wherever they are and whether or not they count. A
-// function of its own, as the others of what is rare: it takes no registers of what is not.
+// Of keys in their order, from place `begin` on, wherever they are and whether or not they count;
+// or of samples of those from place `origin` on. A function of its own, as the others of what is
+// rare: it takes no registers of what is not.
 template <Tensor kTensor, class T, class Ring>
 __device__ __noinline__ Statistics StatisticsOfScattered(const SegmentedParams& params, Ring& ring,
-                                                         int head, int begin, int end, int* bad) {
+                                                         int head, int begin, int end, int origin,
+                                                         int* bad) {
   T tokens = TokensOf<kTensor, T>(params, head);
   tokens.order = params.order + head / params.kv_heads * params.key_id_stride;
+  tokens.origin = origin;
   tokens.length = end;  // nothing is loaded of those behind
   Stream<kTensor, T> stream(tokens, ring, begin, end, false);
   return StatisticsOf<kTensor>(tokens, stream, begin, end, bad);
@@ -349,23 +352,41 @@ __device__ __forceinline__ int WholeParts(const SegmentedParams& params, const P
   return max(end - first, 0);
 }
 
-// Statistics of a run, from place `begin` on, and how many of its keys count.
+// Statistics of a run, from place `begin` on, and of how many keys they are. K's are of samples,
+// numbered within the segment, where all keys count; else a segment might have none that counts.
 template <Tensor kTensor, class In, int kAccess, int kHeadDim>
 __device__ __forceinline__ Statistics StatisticsOfRun(const SegmentedParams& params,
                                                       Ring<In, kHeadDim>& ring, int head, int begin,
                                                       const SegmentRun& run, int& count) {
+  constexpr int kOfAll = (kAccess | kExtremaOfAll) & ~kSomeSeen;
   int* bad = FirstBad<kTensor, kHeadDim>(params, head);
-  count = run.end - begin;
-  if (params.seen != nullptr) count = CountSeenOfRun(params, head, begin, run);
-  if (run.position < 0 || count < run.end - begin) {
+  if (params.seen != nullptr) {
+    count = CountSeenOfRun(params, head, begin, run);
     using Scattered = Tokens<In, kAccess | kExtremaOfAll | kSorted, kHeadDim>;
-    return StatisticsOfScattered<kTensor, Scattered>(params, ring, head, begin, run.end, bad);
+    if (kTensor == kKey || run.position < 0 || count < run.end - begin) {
+      return StatisticsOfScattered<kTensor, Scattered>(params, ring, head, begin, run.end, 0, bad);
+    }
   }
-  using T = Tokens<In, (kAccess | kExtremaOfAll) & ~kSomeSeen, kHeadDim>;
+  constexpr int kRead = kTensor == kKey ? kOfAll | kSampled : kOfAll;
+  int first = run.position, end = first + run.end - begin;
+  int origin = 0;
+  if (kTensor == kKey) {
+    first = SamplesOf(begin - run.slot), end = SamplesOf(run.end - run.slot);
+    origin = run.position - (begin - run.slot);
+  } else if (run.position < 0) {
+    first = begin, end = run.end;
+  }
+  count = end - first;
+  if (run.position < 0) {
+    using Scattered = Tokens<In, kRead | kSorted, kHeadDim>;
+    return StatisticsOfScattered<kTensor, Scattered>(params, ring, head, first, end, run.slot, bad);
+  }
+  using T = Tokens<In, kRead, kHeadDim>;
   T tokens = TokensOf<kTensor, T>(params, head);
-  tokens.length = run.position + count;
-  Stream<kTensor, T> stream(tokens, ring, run.position, tokens.length, false);
-  return StatisticsOf<kTensor>(tokens, stream, run.position, tokens.length, bad);
+  tokens.length = end;
+  tokens.origin = origin;
+  Stream<kTensor, T> stream(tokens, ring, first, end, false);
+  return StatisticsOf<kTensor>(tokens, stream, first, end, bad);
 }
 
 // Statistics of a part of a head's sorted keys, `begin` to `end` - 1.

@@ -194,9 +194,9 @@ __device__ __forceinline__ void MakeFinite(Vector<In> (&x)[kPasses]) {
 // extrema. kSampled: they are numbered among the samples.
 enum Access : int { kWide = 1, kSomeSeen = 2, kSorted = 4, kExtremaOfAll = 8, kSampled = 16 };
 
-// Where all keys count, K's mean is that of half of them: any vector may be taken off K, and to
-// read the others takes time. Of each 64 it is the first or the last 32, by the parity of the bits
-// of the block's number, which has no period: no column of an image is left out.
+// K's mean is that of half the keys: any vector may be taken off K, and to read the others takes
+// time. Of each 64 it is the first or the last 32, by the parity of the bits of the block's number,
+// which has no period: no column of an image is left out.
 constexpr int kSamples = kBlockKv / 2;  // of a block
 __device__ __forceinline__ int PositionOfSample(int sample) {
   const int block = sample / kSamples;
@@ -232,6 +232,7 @@ struct Tokens {
   const In* data;
   const uint8_t* seen;             // by token with kSomeSeen; null: all
   const int32_t* order = nullptr;  // by place with kSorted
+  int origin = 0;                  // with kSampled: of what the samples are numbered from
   int64_t stride;
   int length;
   int head_dim;
@@ -251,8 +252,8 @@ struct Tokens {
 
   // Where in the tensor a token is.
   __device__ __forceinline__ int Position(int token) const {
+    if constexpr (kIsSampled) token = origin + PositionOfSample(token);
     if constexpr (kIsSorted) return __ldg(order + token);
-    if constexpr (kIsSampled) return PositionOfSample(token);
     return token;
   }
 
