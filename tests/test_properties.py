@@ -133,7 +133,8 @@ def test_order_of_keys_does_not_matter(seed, recipe):
     other, other_lse = attention(q, k[:, order], v[:, order], recipe=recipe)
     expected = reference.analyse(q, k, v, pv=pv_of(recipe))
     # P and V round alike unless a score moved: the error of scores alone, which is that of 8+16,
-    # twice; where P is E4M3, a small move of the score now and then becomes one of 2^-3.
+    # twice; where P is E4M3, a small move of the score now and then becomes one of 2^-3. The most
+    # of 30 seeds was 3.1 %, with FP16 0.9 %.
     reference.assert_accurate(other, other_lse, expected, pv=pv_of(recipe))
     difference = np.abs(out - other).mean() / expected.typical.mean()
     assert difference <= {"fp8": 0.035, "fp16": 0.015}[pv_of(recipe)]
